@@ -1,0 +1,56 @@
+# Each target makes .venv when it must. ARGS passes options on: make test ARGS="-k newton".
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+# pyright would ask the network whether a newer version exists.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.PHONY: test demo bench lint constraints clean
+.NOTPARALLEL: # two installs must not write to .venv at once
+
+# All tests but the slow ones. For every test: make test ARGS='-m ""'
+test: $(VENV)/dev.stamp
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+demo: $(VENV)/demo.stamp
+	$(PY) -m bilevax.demo $(ARGS)
+
+bench: $(VENV)/dev.stamp
+	$(PY) benchmarks/overhead.py $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pyright
+
+# Pins what the dev extra installs into an empty environment. Run it with the oldest supported Python.
+constraints:
+	@$(call check_python)
+	@set -e; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
+	$(PYTHON) -m venv "$$tmp/venv"; \
+	"$$tmp/venv/bin/python" $(PIP_INSTALL) --editable '.[dev]'; \
+	{ echo '# Everything the dev extra installs. Made by: make constraints PYTHON=python3.11'; \
+	  "$$tmp/venv/bin/python" -m pip freeze --exclude-editable; } > "$$tmp/constraints.txt"; \
+	cp "$$tmp/constraints.txt" constraints.txt
+
+# Removes what the other targets wrote. The environment stays, and is checked by the next target.
+clean:
+	rm -rf $(VENV)/*.stamp build dist demo-output benchmarks/output .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# A stamp says that .venv holds an extra. It is written last, so a broken install runs again,
+# and an environment without a working pip is made anew.
+$(VENV)/%.stamp: pyproject.toml constraints.txt $(PY)
+	@$(PY) -m pip --version >/dev/null 2>&1 || { $(call check_python) && $(PYTHON) -m venv --clear $(VENV); }
+	$(PY) $(PIP_INSTALL) --editable '.[$*]' --constraint constraints.txt
+	@touch $@
+
+# When the interpreter is gone, the stamps no longer count.
+$(PY): ;
+
+check_python = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	"bilevax needs Python 3.11 or newer, $(PYTHON) is %d.%d; try: make PYTHON=python3.11" % sys.version_info[:2])'

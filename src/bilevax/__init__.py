@@ -1,0 +1,62 @@
+"""Differentiable bilevel programming in JAX.
+
+    min over y of  h(y) = g(x*(y), y)      where x*(y) solves an inner problem
+
+`solution_map` makes y -> x*(y) a function that `jax.grad`, `jax.vmap` and `jax.jit` go through;
+`value_and_hypergradient` returns the gradient of h with a report. See the README for a tour.
+"""
+
+from bilevax._failure import OnFailure as OnFailure
+from bilevax._failure import SolveError as SolveError
+from bilevax._hypergradient import Engine as Engine
+from bilevax._hypergradient import Hypergradient as Hypergradient
+from bilevax._hypergradient import HypergradientReport as HypergradientReport
+from bilevax._hypergradient import WarmStart as WarmStart
+from bilevax._hypergradient import cold_start as cold_start
+from bilevax._hypergradient import value_and_hypergradient as value_and_hypergradient
+from bilevax._operator import LinearOperator as LinearOperator
+from bilevax._operator import Structure as Structure
+from bilevax._problems import Problem as Problem
+from bilevax._problems import fixed_point as fixed_point
+from bilevax._problems import minimum as minimum
+from bilevax._problems import root as root
+from bilevax._results import LinearReport as LinearReport
+from bilevax._results import RuleReport as RuleReport
+from bilevax._results import SolveReport as SolveReport
+from bilevax._solution_map import SolutionMap as SolutionMap
+from bilevax._solution_map import implicit_function as implicit_function
+from bilevax._solution_map import solution_map as solution_map
+from bilevax._status import Status as Status
+from bilevax.linear import CG as CG
+from bilevax.linear import GMRES as GMRES
+from bilevax.linear import BiCGStab as BiCGStab
+from bilevax.linear import Dense as Dense
+from bilevax.linear import LinearSolver as LinearSolver
+from bilevax.linear import LineaxSolver as LineaxSolver
+from bilevax.linear import Neumann as Neumann
+from bilevax.linear import NormalCG as NormalCG
+from bilevax.linear import linear_solve as linear_solve
+from bilevax.rules import Change as Change
+from bilevax.rules import ChangeOfVariables as ChangeOfVariables
+from bilevax.rules import CustomStep as CustomStep
+from bilevax.rules import DiagonalChange as DiagonalChange
+from bilevax.rules import ExactDiagonal as ExactDiagonal
+from bilevax.rules import ExpChange as ExpChange
+from bilevax.rules import GradientStep as GradientStep
+from bilevax.rules import HutchinsonDiagonal as HutchinsonDiagonal
+from bilevax.rules import Implicit as Implicit
+from bilevax.rules import JacobiStep as JacobiStep
+from bilevax.rules import NewtonStep as NewtonStep
+from bilevax.rules import Preconditioned as Preconditioned
+from bilevax.rules import Reparameterized as Reparameterized
+from bilevax.rules import Rule as Rule
+from bilevax.rules import Step as Step
+from bilevax.solvers import AcceleratedGradient as AcceleratedGradient
+from bilevax.solvers import Backtracking as Backtracking
+from bilevax.solvers import ConjugateGradient as ConjugateGradient
+from bilevax.solvers import FixedPointIteration as FixedPointIteration
+from bilevax.solvers import GradientDescent as GradientDescent
+from bilevax.solvers import Iterate as Iterate
+from bilevax.solvers import Newton as Newton
+from bilevax.solvers import Optax as Optax
+from bilevax.solvers import Solver as Solver

@@ -1,0 +1,105 @@
+"""Checks of arguments while tracing: what was got, what was expected, and the argument's name."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def is_callable(name: str, value: Any) -> None:
+    """Raise unless the value can be called and serve as a static part of a compiled function."""
+    if not callable(value):
+        raise TypeError(f"`{name}` must be a function, got {value!r}.")
+    try:
+        hash(value)
+    except TypeError as error:
+        raise TypeError(
+            f"`{name}` must be hashable, so that a second call need not compile again; "
+            f"got {type(value).__name__}. Wrap it: `jax.tree_util.Partial(function, arrays)`."
+        ) from error
+
+
+def is_component(name: str, value: Any, expected: type, example: str) -> None:
+    """Raise unless the value is an instance of the expected class.
+
+    A bare `object` passes: JAX puts such placeholders into pytrees that it takes apart.
+    """
+    if not isinstance(value, expected) and type(value) is not object:
+        hint = " Did you forget the parentheses?" if isinstance(value, type) else ""
+        raise TypeError(
+            f"`{name}` must be a {expected.__name__}, for example `{example}`; got {value!r}.{hint}"
+        )
+
+
+def inner_variable(x: PyTree, name: str = "x") -> None:
+    """Raise unless every leaf of x is a real floating array."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+        dtype = jnp.result_type(leaf)
+        where = f"`{name}{jax.tree_util.keystr(path)}`"
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{where} is complex ({dtype}); only real floating arrays are supported. "
+                "Pass the real and imaginary parts as two leaves."
+            )
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{where} must be a floating array to be solved for, got dtype {dtype}. "
+                "Convert it, for example with `jnp.asarray(x, float)`."
+            )
+
+
+def outer_variable(y: PyTree) -> None:
+    """Raise if a leaf of y is complex."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(y):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise TypeError(
+                f"`y{jax.tree_util.keystr(path)}` is complex; only real arrays are supported. "
+                "Pass the real and imaginary parts as two leaves."
+            )
+
+
+def scalar_output(name: str, output: PyTree) -> None:
+    """Raise unless a function's abstract output is one real floating scalar."""
+    leaves = jax.tree.leaves(output)
+    if len(leaves) != 1 or leaves[0] is not output or output.shape != ():
+        raise TypeError(f"`{name}` must return a scalar, got {describe(output)}.")
+    if not jnp.issubdtype(output.dtype, jnp.floating):
+        raise TypeError(f"`{name}` must return a real floating scalar, got {describe(output)}.")
+
+
+def same_structure(name: str, output: PyTree, x: PyTree, *, expected: str = "x") -> None:
+    """Raise unless an abstract output has the structure, shapes and dtypes of x."""
+    if jax.tree.structure(output) != jax.tree.structure(x):
+        raise TypeError(
+            f"`{name}` must return a pytree like `{expected}`, {jax.tree.structure(x)}; "
+            f"got {jax.tree.structure(output)}."
+        )
+    expected_leaves = jax.tree_util.tree_leaves_with_path(x)
+    for (path, want), got in zip(expected_leaves, jax.tree.leaves(output), strict=True):
+        if got.shape != jnp.shape(want) or got.dtype != jnp.result_type(want):
+            raise TypeError(
+                f"`{name}` must return shapes and dtypes like `{expected}`: "
+                f"`{expected}{jax.tree_util.keystr(path)}` is {describe(want)}, "
+                f"got {describe(got)}."
+            )
+
+
+def positive(name: str, value: Any) -> None:
+    """Raise if a plain number is not above zero (traced values pass)."""
+    if isinstance(value, int | float) and not value > 0:
+        raise ValueError(f"`{name}` must be positive, got {value!r}.")
+
+
+def not_negative(name: str, value: Any) -> None:
+    """Raise if a plain number is negative or NaN (traced values pass)."""
+    if isinstance(value, int | float) and not value >= 0:
+        raise ValueError(f"`{name}` must not be negative, got {value!r}.")
+
+
+def describe(value: PyTree) -> str:
+    """Describe a pytree of arrays in a few characters: float32[3,2]."""
+    return str(
+        jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", value)
+    ).replace("'", "")

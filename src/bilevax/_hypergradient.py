@@ -1,0 +1,207 @@
+"""Value, hypergradient, warm start and report in one pure function."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax.tree
+from jax.tree_util import Partial
+
+from bilevax import _checks as checks
+from bilevax import _loop as loop
+from bilevax import _trees as trees
+from bilevax._failure import OnFailure, guard
+from bilevax._problems import Problem
+from bilevax._results import LinearReport, SolveReport
+from bilevax._status import is_failure, is_unsolved
+from bilevax.rules import Implicit, Rule
+from bilevax.solvers import Solver
+
+PyTree = Any
+
+
+class WarmStart(NamedTuple):
+    """Where the next inner and adjoint solves start.
+
+    Attributes:
+      x: the inner variable.
+      adjoint: v of the adjoint system, a pytree like x (in z for a `Reparameterized` rule).
+    """
+
+    x: PyTree
+    adjoint: PyTree
+
+
+class HypergradientReport(NamedTuple):
+    """How the solves behind a hypergradient ended.
+
+    Attributes:
+      inner: the `SolveReport` of the inner solve, with the correction of a `Preconditioned` rule.
+      adjoint: the `LinearReport` of the adjoint solve.
+      identity_entries: see `RuleReport`.
+    """
+
+    inner: SolveReport
+    adjoint: LinearReport
+    identity_entries: jax.Array | int
+
+
+class Hypergradient(NamedTuple):
+    """The result of an engine.
+
+    Attributes:
+      value: g(x, y), a scalar.
+      gradient: Omega(x, y), a pytree like y (float0 for integer and key leaves).
+      x: the point at which both are evaluated, after a correction if the rule makes one.
+      warm: the `WarmStart` for a nearby y.
+      report: a `HypergradientReport`.
+      aux: what the outer objective returns besides, with `has_aux=True`; else None.
+    """
+
+    value: jax.Array
+    gradient: PyTree
+    x: PyTree
+    warm: WarmStart
+    report: HypergradientReport
+    aux: Any
+
+
+def cold_start(x0: PyTree) -> WarmStart:
+    """Return the warm start of a first call: x0, and zero for the adjoint.
+
+    Args:
+      x0: where the inner solver starts, a pytree of floating arrays.
+
+    Returns:
+      A `WarmStart`.
+
+    Raises:
+      TypeError: if x0 has leaves that are not real floating arrays.
+
+    Example:
+      >>> import bilevax as bx
+      >>> bx.cold_start(1.0).adjoint
+      Array(0., dtype=float32)
+    """
+    checks.inner_variable(x0, "x0")
+    x0 = trees.as_arrays(x0)
+    return WarmStart(x0, optax.tree.zeros_like(x0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """A pure function (y, warm) -> `Hypergradient`; made by `value_and_hypergradient`."""
+
+    outer: Partial
+    problem: Problem
+    solver: Solver
+    rule: Rule
+    has_aux: bool
+    on_failure: OnFailure
+
+    def __call__(self, y: PyTree, warm: WarmStart) -> Hypergradient:
+        """Return value, hypergradient, next warm start and report at y."""
+        if not isinstance(warm, WarmStart):
+            raise TypeError(f"`warm` must be a WarmStart, for example `cold_start(x0)`; got {warm!r}.")
+        checks.inner_variable(warm.x, "warm.x")
+        checks.outer_variable(y)
+        warm = WarmStart(*map(trees.as_arrays, warm))
+        y = jax.tree.map(jnp.asarray, y)
+        checks.same_structure("warm.adjoint", warm.adjoint, warm.x, expected="warm.x")
+        return _evaluate(
+            self.outer, self.problem, self.solver, self.rule, y, warm, self.has_aux, self.on_failure
+        )
+
+
+def value_and_hypergradient(
+    outer: Callable[..., Any],
+    problem: Problem,
+    solver: Solver,
+    rule: Rule | None = None,
+    *,
+    has_aux: bool = False,
+    on_failure: OnFailure = OnFailure.RETURN,
+) -> Engine:
+    """Make the explicit engine: value and hypergradient of h(y) = g(x*(y), y).
+
+        engine = value_and_hypergradient(outer, problem, solver=..., rule=...)
+        result = engine(y, cold_start(x0))
+        result = engine(y, result.warm)
+
+    The gradient is Omega(x, y) = g_2 + (dx*/dy)^T g_1 at the point x of the rule. Unlike `jax.grad`
+    through a `solution_map`, the engine starts both solves from the last ones and reports on both.
+    It is pure and compiled once per shape; `jit`, `vmap` and `scan` go through it.
+
+    Args:
+      outer: g, a function of (x, y) that returns a real scalar; with `has_aux=True` a pair of it
+        and any pytree.
+      problem: `minimum(f)`, `root(F)` or `fixed_point(T)`.
+      solver: the inner `Solver`.
+      rule: how the derivative is formed; None is `Implicit()`.
+      has_aux: whether `outer` returns a pair.
+      on_failure: by default results are returned as they are and the report tells; see
+        `solution_map`.
+
+    Returns:
+      An `Engine`, called as engine(y, warm), which returns a `Hypergradient`.
+
+    Raises:
+      TypeError: for a wrong kind of argument; and, at the first call, if `outer` does not return a
+        scalar or the problem does not fit x.
+
+    Example:
+      >>> import bilevax as bx
+      >>> problem = bx.minimum(lambda x, y: 0.5 * y * x**2 - x)  # x*(y) = 1 / y
+      >>> engine = bx.value_and_hypergradient(lambda x, y: x, problem, solver=bx.Newton())
+      >>> result = engine(2.0, bx.cold_start(0.0))
+      >>> float(result.value), float(result.gradient)
+      (0.5, -0.25)
+    """
+    rule = Implicit() if rule is None else rule
+    checks.is_callable("outer", outer)
+    checks.is_component("problem", problem, Problem, "minimum(objective)")
+    checks.is_component("solver", solver, Solver, "Newton()")
+    checks.is_component("rule", rule, Rule, "Implicit()")
+    checks.is_component("on_failure", on_failure, OnFailure, "OnFailure.RETURN")
+    function = outer if isinstance(outer, Partial) else Partial(outer)
+    return Engine(function, problem, solver, rule, has_aux, on_failure)
+
+
+def _evaluate_untraced(
+    outer: Partial,
+    problem: Problem,
+    solver: Solver,
+    rule: Rule,
+    y: PyTree,
+    warm: WarmStart,
+    has_aux: bool,
+    on_failure: OnFailure,
+) -> Hypergradient:
+    problem.check(warm.x, y)
+    rule.check(problem, warm.x, y)
+    x, inner = loop.run(solver, problem, warm.x, y)
+    x, correction = rule.correct(problem, x, y, solver.rtol)
+    inner = inner._replace(correction=correction)
+
+    shape = jax.eval_shape(outer, x, y)
+    checks.scalar_output("outer", shape[0] if has_aux else shape)
+    value, pull_outer, *aux = jax.vjp(outer, x, y, has_aux=has_aux)
+    cotangent_x, explicit = pull_outer(jnp.ones_like(value))
+    _, implicit, rule_report = rule.pull(problem, x, y, cotangent_x, warm.adjoint, solver.rtol)
+    gradient = trees.add_cotangents(explicit, implicit)
+
+    report = HypergradientReport(inner, rule_report.solve, rule_report.identity_entries)
+    failures = [("inner solve", is_failure, inner.status)]
+    if correction is not None:
+        failures.append(("correction of the solution", is_failure, correction.status))
+    for what, fails, status in failures:
+        x, value, gradient = guard(on_failure, what, fails(status), status, (x, value, gradient))
+    status = rule_report.solve.status
+    gradient = guard(on_failure, "adjoint solve", is_unsolved(status), status, gradient)
+    following = WarmStart(x, rule_report.adjoint)
+    return Hypergradient(value, gradient, x, following, report, aux[0] if aux else None)
+
+
+_evaluate = jax.jit(_evaluate_untraced, static_argnums=(6, 7))

@@ -1,0 +1,63 @@
+"""The only loop over solver steps: when to stop, and why it stopped."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevax import _trees as trees
+from bilevax._problems import Problem
+from bilevax._results import SolveReport
+from bilevax._status import Status, code
+from bilevax.linear import default_rtol
+from bilevax.solvers import Iterate, Solver
+
+PyTree = Any
+_RUNNING = -1
+
+
+def run(solver: Solver, problem: Problem, x0: PyTree, y: PyTree) -> tuple[PyTree, SolveReport]:
+    """Iterate a solver from x0 until ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol).
+
+    Ends with CONVERGED; MAXITER (TRUNCATED if both tolerances are zero); STALLED where the solver
+    cannot improve its iterate; DIVERGED where ||F|| has grown by 1 / eps; NONFINITE.
+
+    Returns:
+      The last iterate and a `SolveReport`.
+    """
+    first = solver.init(problem, x0, y)
+    initial_norm = trees.norm(first.optimality)
+    dtype = initial_norm.dtype
+    rtol = jnp.asarray(stopping_rtol(solver, x0), dtype)
+    atol = jnp.asarray(10 * trees.epsilon(x0) if solver.atol is None else solver.atol, dtype)
+    target = jnp.maximum(rtol * initial_norm, atol)
+    ceiling = (initial_norm + 1) / trees.epsilon(x0)
+    out_of_steps = jnp.where((rtol > 0) | (atol > 0), code(Status.MAXITER), code(Status.TRUNCATED))
+
+    def judge(norm: jax.Array, iterations: jax.Array, stalled: Any) -> jax.Array:
+        status = jnp.where(iterations >= solver.maxiter, out_of_steps, _RUNNING)
+        status = jnp.where(stalled, code(Status.STALLED), status)
+        status = jnp.where(norm > ceiling, code(Status.DIVERGED), status)
+        status = jnp.where(norm <= target, code(Status.CONVERGED), status)
+        return jnp.where(jnp.isfinite(norm), status, code(Status.NONFINITE))
+
+    def step(
+        state: tuple[Iterate, jax.Array, jax.Array, jax.Array],
+    ) -> tuple[Iterate, jax.Array, jax.Array, jax.Array]:
+        iterate, iterations, _, _ = state
+        iterate = solver.step(problem, iterate, y)
+        norm = trees.norm(iterate.optimality)
+        iterations = iterations + 1
+        return iterate, iterations, norm, judge(norm, iterations, iterate.stalled)
+
+    none = jnp.zeros((), jnp.int32)
+    start = (first, none, initial_norm, judge(initial_norm, none, False))
+    iterate, iterations, norm, status = jax.lax.while_loop(
+        lambda state: state[3] == _RUNNING, step, start
+    )
+    return iterate.x, SolveReport(status, iterations, norm, initial_norm)
+
+
+def stopping_rtol(solver: Solver, x: PyTree) -> Any:
+    """Return the relative tolerance a solver stops at: its own, or the default of the dtype."""
+    return default_rtol(x) if solver.rtol is None else solver.rtol

@@ -1,0 +1,60 @@
+"""A linear operator: what it does to a vector, and what is known of its structure."""
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from bilevax import _trees as trees
+
+PyTree = Any
+
+
+class Structure(enum.Enum):
+    """What is known of the Jacobian F_1. It is declared, never guessed.
+
+    Example:
+      >>> import bilevax as bx
+      >>> bx.minimum(lambda x, y: y * x**2).structure.name
+      'POSITIVE_DEFINITE'
+    """
+
+    GENERAL = "general"
+    SYMMETRIC = "symmetric"
+    POSITIVE_DEFINITE = "positive definite"
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the operator equals its transpose."""
+        return self is not Structure.GENERAL
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearOperator:
+    """A square linear map on pytrees, for use inside one trace.
+
+    Attributes:
+      matvec: v -> A v.
+      structure: what is declared of A.
+      like: a pytree of arrays (or shapes) that gives the structure of v.
+    """
+
+    matvec: Callable[[PyTree], PyTree]
+    structure: Structure
+    like: PyTree
+
+    @property
+    def transpose(self) -> "LinearOperator":
+        """The operator v -> A^T v."""
+        if self.structure.is_symmetric:
+            return self
+        transposed = jax.linear_transpose(self.matvec, self.like)
+        return dataclasses.replace(self, matvec=lambda v: transposed(v)[0])
+
+    def damped(self, damping: Any) -> "LinearOperator":
+        """Return the operator A + damping * I."""
+        return dataclasses.replace(
+            self, matvec=lambda v: trees.add_scaled(self.matvec(v), damping, v)
+        )

@@ -1,0 +1,225 @@
+"""Inner problems: what F(x, y) = 0 means, and the partial derivatives of F.
+
+The optimality map F has one sign convention, that of a gradient: `x - step * F(x, y)` moves
+towards the solution. So F = grad_x f for `minimum`, F as given for `root`, and F = x - T(x, y)
+for `fixed_point`, whose Jacobian F_1 = I - T_1 is then "positive" like a Hessian.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax.tree
+from jax.tree_util import Partial, register_dataclass
+
+from bilevax import _checks as checks
+from bilevax._operator import LinearOperator, Structure
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem(abc.ABC):
+    """An inner problem F(x, y) = 0; made by `minimum`, `root` or `fixed_point`.
+
+    Attributes:
+      function: the user's function of (x, y), as a `jax.tree_util.Partial`.
+      structure: what is declared of the Jacobian F_1.
+    """
+
+    function: Partial
+    structure: Structure = dataclasses.field(metadata={"static": True})
+
+    @abc.abstractmethod
+    def optimality(self, x: PyTree, y: PyTree) -> PyTree:
+        """Return F(x, y), a pytree like x."""
+
+    @abc.abstractmethod
+    def check(self, x: PyTree, y: PyTree) -> None:
+        """Raise a `TypeError` if the function does not fit x; costs nothing at run time."""
+
+    def compose(self, change: Partial) -> "Problem":
+        """Return the problem in z, where x = change(z, y).
+
+        For a minimum that is the minimum of f(change(z, y), y), so that
+        G(z, y) = phi_1^T F(phi(z, y), y); else the root of F(change(z, y), y).
+        """
+        return Root(Partial(_composed_optimality, self, change), Structure.GENERAL)
+
+    def linearize(self, x: PyTree, y: PyTree) -> tuple[PyTree, LinearOperator]:
+        """Return F(x, y) and its Jacobian F_1(x, y); what they share is computed once."""
+        value, jvp = jax.linearize(lambda x: self.optimality(x, y), x)
+        return value, LinearOperator(jvp, self.structure, x)
+
+    def pull_outer(self, x: PyTree, y: PyTree, v: PyTree) -> tuple["Problem", PyTree]:
+        """Return F_2(x, y)^T v, as cotangents of this problem's leaves and of y.
+
+        The leaves of a problem are traced values that its function closes over: they are
+        differentiated like y. Integer and key leaves get float0.
+        """
+        return jax.vjp(lambda problem, y: problem.optimality(x, y), self, y)[1](v)
+
+    def push_outer(self, x: PyTree, y: PyTree, tangent: tuple["Problem", PyTree]) -> PyTree:
+        """Return F_2(x, y) applied to tangents of this problem's leaves and of y."""
+        return jax.jvp(lambda problem, y: problem.optimality(x, y), (self, y), tangent)[1]
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Minimum(Problem):
+    """x*(y) = argmin over x of f(x, y); F = grad_x f and F_1 is the Hessian."""
+
+    def optimality(self, x: PyTree, y: PyTree) -> PyTree:
+        return jax.grad(self.function)(x, y)
+
+    def value_and_optimality(self, x: PyTree, y: PyTree) -> tuple[jax.Array, PyTree]:
+        """Return f(x, y) and grad_x f(x, y)."""
+        return jax.value_and_grad(self.function)(x, y)
+
+    def check(self, x: PyTree, y: PyTree) -> None:
+        checks.inner_variable(x)
+        checks.scalar_output("objective", jax.eval_shape(self.function, x, y))
+
+    def compose(self, change: Partial) -> Problem:
+        # Away from the solution the Hessian in z gains a term F . phi_11 of either sign.
+        return Minimum(Partial(_composed_objective, self.function, change), Structure.SYMMETRIC)
+
+    def pull_outer(self, x: PyTree, y: PyTree, v: PyTree) -> tuple[Problem, PyTree]:
+        # F_2^T v = grad_y <grad_x f(x, y), v>, and <grad_x f, v> is one forward derivative of f:
+        # reverse over forward is cheaper than reverse over reverse.
+        def directional(problem: Minimum, y: PyTree) -> jax.Array:
+            return jax.jvp(lambda x: problem.function(x, y), (x,), (v,))[1]
+
+        value, pullback = jax.vjp(directional, self, y)
+        return pullback(jnp.ones_like(value))
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Root(Problem):
+    """x*(y) solves F(x, y) = 0."""
+
+    def optimality(self, x: PyTree, y: PyTree) -> PyTree:
+        return self.function(x, y)
+
+    def check(self, x: PyTree, y: PyTree) -> None:
+        checks.inner_variable(x)
+        checks.same_structure("residual", jax.eval_shape(self.function, x, y), x)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FixedPoint(Problem):
+    """x*(y) = T(x*(y), y); F = x - T(x, y) and F_1 = I - T_1."""
+
+    def optimality(self, x: PyTree, y: PyTree) -> PyTree:
+        return optax.tree.sub(x, self.function(x, y))
+
+    def check(self, x: PyTree, y: PyTree) -> None:
+        checks.inner_variable(x)
+        checks.same_structure("map", jax.eval_shape(self.function, x, y), x)
+
+
+def minimum(
+    objective: Callable[[PyTree, PyTree], jax.Array],
+    *,
+    structure: Structure = Structure.POSITIVE_DEFINITE,
+) -> Minimum:
+    """Pose the inner problem x*(y) = argmin over x of f(x, y).
+
+    The optimality map is F(x, y) = grad_x f(x, y), its Jacobian F_1 the Hessian of f in x.
+
+    Args:
+      objective: f, a function of (x, y) that returns a real scalar. x is a pytree of floating
+        arrays, y any pytree (integer and PRNG-key leaves get float0 cotangents). It must be
+        pure and at least twice differentiable. It may close over arrays and over traced values;
+        gradients reach both `y` and the traced values.
+      structure: what is known of the Hessian near the solution. `POSITIVE_DEFINITE` makes CG
+        the default linear solver; `SYMMETRIC` allows negative curvature and saddle points.
+
+    Returns:
+      A `Minimum`, a pytree.
+
+    Raises:
+      TypeError: if `objective` is not callable; and, once it meets x and y, if it does not
+        return a real scalar or x has leaves that are not real floating arrays.
+
+    Example:
+      >>> problem = minimum(lambda x, y: 0.5 * y * x**2 - x)
+      >>> float(problem.optimality(2.0, 3.0))
+      5.0
+    """
+    return Minimum(_as_partial("objective", objective), structure)
+
+
+def root(
+    residual: Callable[[PyTree, PyTree], PyTree],
+    *,
+    structure: Structure = Structure.GENERAL,
+) -> Root:
+    """Pose the inner problem F(x*(y), y) = 0.
+
+    Args:
+      residual: F, a function of (x, y) that returns a pytree like x. Solvers that step along
+        -F (`GradientDescent` and its kin) need F_1 to be positive, as a gradient's is at a
+        minimum; `Newton` does not.
+      structure: what is known of the Jacobian F_1.
+
+    Returns:
+      A `Root`, a pytree.
+
+    Raises:
+      TypeError: if `residual` is not callable; and, once it meets x and y, if what it returns
+        has not the structure, shapes and dtypes of x.
+
+    Example:
+      >>> problem = root(lambda x, y: x**3 - y)
+      >>> float(problem.optimality(2.0, 3.0))
+      5.0
+    """
+    return Root(_as_partial("residual", residual), structure)
+
+
+def fixed_point(
+    map: Callable[[PyTree, PyTree], PyTree],
+    *,
+    structure: Structure = Structure.GENERAL,
+) -> FixedPoint:
+    """Pose the inner problem x*(y) = T(x*(y), y).
+
+    The optimality map is F(x, y) = x - T(x, y), its Jacobian F_1 = I - T_1.
+
+    Args:
+      map: T, a function of (x, y) that returns a pytree like x.
+      structure: what is known of F_1 = I - T_1. A symmetric T_1 with eigenvalues below 1 makes
+        it positive definite.
+
+    Returns:
+      A `FixedPoint`, a pytree.
+
+    Raises:
+      TypeError: if `map` is not callable; and, once it meets x and y, if what it returns has
+        not the structure, shapes and dtypes of x.
+
+    Example:
+      >>> problem = fixed_point(lambda x, y: 0.5 * x + y)
+      >>> float(problem.optimality(2.0, 3.0))
+      -2.0
+    """
+    return FixedPoint(_as_partial("map", map), structure)
+
+
+def _as_partial(name: str, function: Any) -> Partial:
+    checks.is_callable(name, function)
+    return function if isinstance(function, Partial) else Partial(function)
+
+
+def _composed_objective(objective: Partial, change: Partial, z: PyTree, y: PyTree) -> jax.Array:
+    return objective(change(z, y), y)
+
+
+def _composed_optimality(problem: Problem, change: Partial, z: PyTree, y: PyTree) -> PyTree:
+    return problem.optimality(change(z, y), y)

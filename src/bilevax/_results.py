@@ -1,0 +1,58 @@
+"""What functions return: named tuples of arrays, one entry per batch lane under `jax.vmap`."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+PyTree = Any
+
+
+class LinearReport(NamedTuple):
+    """How a linear solve A v = b ended.
+
+    Attributes:
+      status: a `Status` code, int32.
+      iterations: steps taken, int32; -1 where the underlying library does not say.
+      products: products with A, int32; -1 where the underlying library does not say.
+      residual: ||b - A v|| / ||b||, measured with one product at the v returned, without unit.
+    """
+
+    status: jax.Array
+    iterations: jax.Array
+    products: jax.Array
+    residual: jax.Array
+
+
+class SolveReport(NamedTuple):
+    """How an inner solve ended.
+
+    Attributes:
+      status: a `Status` code, int32.
+      iterations: steps taken, int32.
+      residual: ||F(x, y)|| at the solver's last iterate, in the unit of F.
+      initial_residual: ||F(x0, y)||.
+      correction: the `LinearReport` of the correction that a `Preconditioned` rule applied to
+        the last iterate; None for rules without one.
+    """
+
+    status: jax.Array
+    iterations: jax.Array
+    residual: jax.Array
+    initial_residual: jax.Array
+    correction: LinearReport | None = None
+
+
+class RuleReport(NamedTuple):
+    """What a rule computed on the way to a derivative.
+
+    Attributes:
+      solve: the `LinearReport` of the adjoint (or tangent) system.
+      adjoint: v with F_1^T v = cotangent, a pytree like x (for a tangent: F_1^{-1} F_2 dy).
+        `Reparameterized` gives it in its own variable z.
+      identity_entries: entries of x that a change of variables left alone because it is
+        singular there, int32; 0 for rules without a change.
+    """
+
+    solve: LinearReport
+    adjoint: PyTree
+    identity_entries: jax.Array | int = 0

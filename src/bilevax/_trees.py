@@ -1,0 +1,83 @@
+"""Pytree algebra that `optax.tree` does not have.
+
+Vectors of this package are pytrees of real floating arrays. Whatever `optax.tree` offers
+(`vdot`, `norm`, `sub`, `zeros_like`, ...) is used directly; this module adds what is missing.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax.tree
+
+PyTree = Any
+
+
+def dtype(tree: PyTree) -> jnp.dtype:
+    """Return the common floating dtype of the leaves (the default one if there are none)."""
+    leaves = jax.tree.leaves(tree)
+    return jnp.result_type(*leaves) if leaves else jnp.result_type(float)
+
+
+def epsilon(tree: PyTree) -> float:
+    """Return the machine epsilon of the least precise leaf."""
+    leaves = jax.tree.leaves(tree)
+    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=2.0**-52)
+
+
+def dimension(tree: PyTree) -> int:
+    """Return the total number of entries."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def as_arrays(tree: PyTree) -> PyTree:
+    """Turn numbers into arrays, and weakly typed ones into arrays of their own dtype."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), tree)
+
+
+def add_scaled(a: PyTree, scalar: Any, b: PyTree) -> PyTree:
+    """Return a + scalar * b in the dtypes of a."""
+    return jax.tree.map(lambda u, w: u + jnp.asarray(scalar, u.dtype) * w, a, b)
+
+
+def scale(scalar: Any, a: PyTree) -> PyTree:
+    """Return scalar * a in the dtypes of a."""
+    return jax.tree.map(lambda u: jnp.asarray(scalar, u.dtype) * u, a)
+
+
+def negative(a: PyTree) -> PyTree:
+    """Return -a."""
+    return jax.tree.map(jnp.negative, a)
+
+
+def inner(a: PyTree, b: PyTree) -> jax.Array:
+    """Return the Euclidean inner product as an array of the common dtype."""
+    return jnp.asarray(optax.tree.vdot(a, b), dtype(a))
+
+
+def norm(a: PyTree) -> jax.Array:
+    """Return the Euclidean norm as an array of the common dtype."""
+    return jnp.sqrt(inner(a, a))
+
+
+def max_abs(a: PyTree) -> jax.Array:
+    """Return the largest absolute entry (0 for an empty tree; NaN if an entry is NaN)."""
+    result = jnp.zeros((), dtype(a))
+    for leaf in jax.tree.leaves(a):
+        result = jnp.maximum(result, jnp.max(jnp.abs(leaf), initial=0).astype(result.dtype))
+    return result
+
+
+def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
+    """Return a where the scalar condition holds and b elsewhere."""
+    return jax.tree.map(lambda u, w: jnp.where(condition, u, w), a, b)
+
+
+def is_float0(leaf: Any) -> bool:
+    """Tell whether a cotangent belongs to an integer or PRNG-key leaf."""
+    return getattr(leaf, "dtype", None) == jax.dtypes.float0
+
+
+def add_cotangents(a: PyTree, b: PyTree) -> PyTree:
+    """Return a + b; cotangents of integer and PRNG-key leaves (float0) stay as they are."""
+    return jax.tree.map(lambda u, w: u if is_float0(u) else u + w, a, b)

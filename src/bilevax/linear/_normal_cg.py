@@ -1,0 +1,128 @@
+"""Conjugate gradients on the normal equations, for systems without structure."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax.tree
+from jax.tree_util import register_dataclass
+
+from bilevax import _trees as trees
+from bilevax._operator import LinearOperator
+from bilevax._results import LinearReport
+from bilevax._status import Status, code
+from bilevax.linear import _base as base
+
+PyTree = Any
+
+
+class _State(NamedTuple):
+    x: PyTree
+    r: PyTree  # b - A x
+    s: PyTree  # A^T r
+    p: PyTree  # search direction
+    sz: jax.Array  # <s, M s>
+    iterations: jax.Array
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NormalCG(base.LinearSolver):
+    """Conjugate gradients on A^T A v = A^T b, for any A.
+
+    Minimises ||b - A v|| over growing Krylov spaces, so the residual never rises; the price is the
+    square of the condition number and two products a step (one with A, one with A^T).
+    On a singular system it tends to the least-squares solution and reports BREAKDOWN.
+
+    Args:
+      rtol: relative tolerance on ||b - A v|| / ||b||; None follows the inner solver's tolerance,
+        or is eps^(3/4) of the dtype.
+      atol: absolute tolerance, in the unit of b.
+      maxiter: number of steps at most; None is ten times the dimension, at most 10 000.
+      preconditioner: v -> M v with M symmetric positive definite, near (A^T A)^{-1}.
+      damping: solves with A + damping * I.
+
+    Returned status:
+      CONVERGED; MAXITER; TRUNCATED (both tolerances zero); BREAKDOWN where A^T r vanishes but r
+      does not; NONFINITE.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import bilevax as bx
+      >>> problem = bx.root(lambda x, y: jnp.array([[0.0, 2.0], [-1.0, 0.0]]) @ x - y)
+      >>> rule = bx.Implicit(bx.NormalCG())
+      >>> gradient, _ = rule.pullback(problem, jnp.zeros(2), jnp.ones(2), jnp.ones(2))
+      >>> bool(jnp.allclose(gradient, jnp.array([0.5, -1.0])))
+      True
+
+    Source:
+      C. C. Paige and M. A. Saunders, "LSQR: An Algorithm for Sparse Linear Equations and Sparse
+      Least Squares", 1982 (section 7.1, the method CGLS).
+    """
+
+    rtol: Any = None
+    atol: Any = 0.0
+    maxiter: Any = None
+    _: dataclasses.KW_ONLY
+    preconditioner: Callable[[PyTree], PyTree] | None = None
+    damping: Any = None
+
+    def __post_init__(self) -> None:
+        base.check_numbers(self)
+
+    def solve(
+        self,
+        operator: LinearOperator,
+        rhs: PyTree,
+        *,
+        guess: PyTree | None,
+        prepared: PyTree,
+        transposed: bool,
+    ) -> tuple[PyTree, LinearReport]:
+        # (A^T A)^{-1} is symmetric, so its approximation needs no transpose; for the transposed
+        # system it is M of A A^T that would be wanted, and M of A^T A only preconditions less.
+        apply_preconditioner = base.preconditioner_of(self, rhs, transposed=False)
+        adjoint = operator.transpose
+        maxiter = base.default_maxiter(rhs) if self.maxiter is None else self.maxiter
+        target = base.tolerance(rhs, self.rtol, self.atol)
+
+        def start_from(x: PyTree, r: PyTree) -> _State:
+            s = adjoint.matvec(r)
+            z = apply_preconditioner(s)
+            return _State(x, r, s, z, trees.inner(s, z), jnp.zeros((), jnp.int32))
+
+        def proceed(state: _State) -> jax.Array:
+            norm = trees.norm(state.r)
+            more = (norm > target) & (state.sz > 0) & jnp.isfinite(norm)
+            return more & (state.iterations < maxiter)
+
+        def step(state: _State) -> _State:
+            image = operator.matvec(state.p)
+            alpha = state.sz / trees.inner(image, image)
+            x = trees.add_scaled(state.x, alpha, state.p)
+            r = trees.add_scaled(state.r, -alpha, image)
+            s = adjoint.matvec(r)
+            z = apply_preconditioner(s)
+            sz = trees.inner(s, z)
+            p = trees.add_scaled(z, sz / state.sz, state.p)
+            return _State(x, r, s, p, sz, state.iterations + 1)
+
+        first = optax.tree.zeros_like(rhs)
+        residual = rhs
+        if guess is not None:
+            guessed = trees.add_scaled(rhs, -1, operator.matvec(guess))
+            better = trees.norm(guessed) < trees.norm(rhs)
+            first = trees.where(better, guess, first)
+            residual = trees.where(better, guessed, residual)
+        end = jax.lax.while_loop(proceed, step, start_from(first, residual))
+
+        relative, status = base.measure(operator, end.x, rhs, self.rtol, self.atol)
+        out_of_steps = jnp.where(target > 0, code(Status.MAXITER), code(Status.TRUNCATED))
+        unfinished = (status == Status.BREAKDOWN) & (end.iterations >= maxiter) & (end.sz > 0)
+        status = jnp.where(unfinished, out_of_steps, status)
+        products = 2 * end.iterations + 2 + (guess is not None)
+        empty = (end.iterations == 0) & (trees.norm(rhs) > 0) & (guess is None)
+        x = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), end.x)
+        return x, LinearReport(status, end.iterations, products, relative)

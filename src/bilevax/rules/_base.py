@@ -1,0 +1,133 @@
+"""What a rule is: how the derivative of the solution map is formed at an inexact solution."""
+
+import abc
+from typing import Any
+
+import jax
+
+from bilevax import _checks as checks
+from bilevax import _trees as trees
+from bilevax._problems import Problem
+from bilevax._results import LinearReport, RuleReport
+
+PyTree = Any
+
+
+class Rule(abc.ABC):
+    """Base class of rules: frozen pytrees that differentiate x*(y) at a point x near it.
+
+    Users call `refine`, `pullback` and `pushforward`; they are compiled once per shape. A new
+    rule implements `correct` (if it moves the point), `pull` and `push`, which run inside one
+    trace. These take a suggestion `rtol` for linear solvers that have no tolerance of their own,
+    and differentiate with respect to the pair (problem, y): the leaves of a problem are the
+    traced values that its function closes over.
+    """
+
+    mode: Any
+    """"reverse" (a `custom_vjp`) or "forward" (a `custom_jvp`); wrappers have that of their rule."""
+
+    def refine(self, problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, LinearReport | None]:
+        """Return the point at which this rule is evaluated, and the report of its correction.
+
+        For `Implicit` that is x itself. For `Preconditioned` it is x - P^{-1} F(x, y).
+        """
+        x = _checked(problem, x, y)
+        return _refine(self, problem, x, y)
+
+    def pullback(
+        self,
+        problem: Problem,
+        x: PyTree,
+        y: PyTree,
+        cotangent: PyTree,
+        *,
+        guess: PyTree | None = None,
+    ) -> tuple[PyTree, RuleReport]:
+        """Return (dx*/dy)^T cotangent as this rule estimates it at (x, y).
+
+        The point is taken as given: rules that correct it do so in `refine`, so a hypergradient is
+        `x, _ = rule.refine(problem, x, y)`, then g_2(x, y) plus the pullback of g_1(x, y).
+
+        Args:
+          problem: a `minimum`, `root` or `fixed_point`.
+          x: the point, a pytree of floating arrays.
+          y: the outer variable.
+          cotangent: a pytree like x.
+          guess: a first guess of the adjoint v, from a report of a nearby problem.
+
+        Returns:
+          A cotangent of y (float0 for integer and key leaves), and a `RuleReport`.
+
+        Raises:
+          TypeError: if the problem does not fit x, or the cotangent is not like x.
+        """
+        x = _checked(problem, x, y)
+        cotangent = trees.as_arrays(cotangent)
+        checks.same_structure("cotangent", jax.eval_shape(lambda: cotangent), x)
+        return _pullback(self, problem, x, y, cotangent, guess)
+
+    def pushforward(
+        self, problem: Problem, x: PyTree, y: PyTree, tangent: PyTree
+    ) -> tuple[PyTree, RuleReport]:
+        """Return (dx*/dy) tangent as this rule estimates it at (x, y), and a `RuleReport`."""
+        x = _checked(problem, x, y)
+        return _pushforward(self, problem, x, y, tangent)
+
+    def check(self, problem: Problem, x: PyTree, y: PyTree) -> None:
+        """Raise if a user's function does not fit the problem; costs nothing at run time."""
+
+    def correct(
+        self, problem: Problem, x: PyTree, y: PyTree, rtol: Any
+    ) -> tuple[PyTree, LinearReport | None]:
+        """Return the point at which this rule is evaluated; see `refine`."""
+        return x, None
+
+    @abc.abstractmethod
+    def pull(
+        self,
+        problem: Problem,
+        x: PyTree,
+        y: PyTree,
+        cotangent: PyTree,
+        guess: PyTree | None,
+        rtol: Any,
+    ) -> tuple[Problem, PyTree, RuleReport]:
+        """Return cotangents of (problem, y), and a report."""
+
+    @abc.abstractmethod
+    def push(
+        self, problem: Problem, x: PyTree, y: PyTree, tangent: tuple[Problem, PyTree], rtol: Any
+    ) -> tuple[PyTree, RuleReport]:
+        """Return the tangent of x that belongs to a tangent of (problem, y), and a report."""
+
+
+def _checked(problem: Problem, x: PyTree, y: PyTree) -> PyTree:
+    checks.is_component("problem", problem, Problem, "minimum(objective)")
+    checks.outer_variable(y)
+    checks.inner_variable(x)
+    return trees.as_arrays(x)
+
+
+@jax.jit
+def _refine(rule: Rule, problem: Problem, x: PyTree, y: PyTree) -> Any:
+    problem.check(x, y)
+    rule.check(problem, x, y)
+    return rule.correct(problem, x, y, None)
+
+
+@jax.jit
+def _pullback(
+    rule: Rule, problem: Problem, x: PyTree, y: PyTree, cotangent: PyTree, guess: PyTree | None
+) -> Any:
+    problem.check(x, y)
+    rule.check(problem, x, y)
+    _, cotangent_y, report = rule.pull(problem, x, y, cotangent, guess, None)
+    return cotangent_y, report
+
+
+@jax.jit
+def _pushforward(rule: Rule, problem: Problem, x: PyTree, y: PyTree, tangent: PyTree) -> Any:
+    problem.check(x, y)
+    rule.check(problem, x, y)
+    still = jax.tree.map(jax.custom_derivatives.zero_from_primal, problem)
+    return rule.push(problem, x, y, (still, tangent), None)

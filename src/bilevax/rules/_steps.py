@@ -1,0 +1,183 @@
+"""Corrections of an inexact solution: one preconditioned step x - P^{-1} F(x, y)."""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial, register_dataclass
+
+from bilevax import _checks as checks
+from bilevax import _trees as trees
+from bilevax._operator import LinearOperator
+from bilevax._problems import Problem
+from bilevax._results import LinearReport
+from bilevax._status import Status, code
+from bilevax.linear import LinearSolver, linear_solve
+from bilevax.rules._diagonals import Diagonal, as_diagonal
+from bilevax.rules._implicit import resolve_linear_solver
+
+PyTree = Any
+
+
+class Step(abc.ABC):
+    """Base class of correction steps.
+
+    A subclass gives P^{-1} F. `order` is the power of ||x - x*|| that is left after the step.
+    """
+
+    order = 1
+
+    @abc.abstractmethod
+    def apply_inverse(
+        self, problem: Problem, x: PyTree, y: PyTree, rtol: Any
+    ) -> tuple[PyTree, LinearReport]:
+        """Return P(x, y)^{-1} F(x, y) and how well it solves F_1 s = F."""
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NewtonStep(Step):
+    """P = F_1(x, y): one Newton step. What is left of ||x - x*|| is its square.
+
+    Args:
+      linear_solver: for F_1 s = F. None is `CG()` where F_1 is declared positive definite and
+        `GMRES()` elsewhere, at the tolerance of the inner solver.
+
+    Raises:
+      TypeError: if `linear_solver` is not a `LinearSolver`.
+
+    Example:
+      >>> import bilevax as bx
+      >>> rule = bx.Preconditioned(bx.Implicit(), step=bx.NewtonStep(bx.CG(maxiter=20)))
+
+    Source:
+      Z. Ye, G. Peyre, D. Cremers, P. Ablin, "Enhancing Hypergradients Estimation: A Study of
+      Preconditioning and Reparameterization", 2024.
+    """
+
+    linear_solver: LinearSolver | None = None
+    order = 2
+
+    def __post_init__(self) -> None:
+        if self.linear_solver is not None:
+            checks.is_component("linear_solver", self.linear_solver, LinearSolver, "CG()")
+
+    def apply_inverse(
+        self, problem: Problem, x: PyTree, y: PyTree, rtol: Any
+    ) -> tuple[PyTree, LinearReport]:
+        optimality, jacobian = problem.linearize(x, y)
+        solver = resolve_linear_solver(self.linear_solver, problem, rtol)
+        return linear_solve(jacobian, optimality, solver)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class JacobiStep(Step):
+    """P = diag F_1(x, y): cheap, and first order still.
+
+    It multiplies the error by I - P^{-1} F_1. If that has a norm above 1 the step makes things
+    worse; the `residual` of its report is ||(I - F_1 P^{-1}) F|| / ||F||, which then is above 1
+    as a rule.
+
+    Args:
+      diagonal: `ExactDiagonal(...)` (None), `HutchinsonDiagonal(...)`, or a function
+        (x, y) -> pytree like x. A zero in it makes the step NONFINITE.
+
+    Raises:
+      TypeError: if `diagonal` is none of these.
+
+    Example:
+      >>> import bilevax as bx
+      >>> rule = bx.Preconditioned(bx.Implicit(), step=bx.JacobiStep())
+
+    Source:
+      Z. Ye, G. Peyre, D. Cremers, P. Ablin, "Enhancing Hypergradients Estimation: A Study of
+      Preconditioning and Reparameterization", 2024.
+    """
+
+    diagonal: Diagonal | Callable[[PyTree, PyTree], PyTree] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "diagonal", as_diagonal(self.diagonal))
+
+    def apply_inverse(
+        self, problem: Problem, x: PyTree, y: PyTree, rtol: Any
+    ) -> tuple[PyTree, LinearReport]:
+        optimality, jacobian = problem.linearize(x, y)
+        diagonal = self.diagonal.evaluate(problem, x, y)  # type: ignore[union-attr]
+        return _single(jacobian, optimality, jax.tree.map(jnp.divide, optimality, diagonal))
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GradientStep(Step):
+    """P^{-1} = step_size * I: one more gradient (or damped Picard) step.
+
+    Args:
+      step_size: a positive number, in the unit of 1 / F_1.
+
+    Raises:
+      ValueError: if `step_size` is not positive.
+
+    Example:
+      >>> import bilevax as bx
+      >>> rule = bx.Preconditioned(bx.Implicit(), step=bx.GradientStep(0.1))
+    """
+
+    step_size: Any
+
+    def __post_init__(self) -> None:
+        checks.positive("step_size", self.step_size)
+
+    def apply_inverse(
+        self, problem: Problem, x: PyTree, y: PyTree, rtol: Any
+    ) -> tuple[PyTree, LinearReport]:
+        optimality, jacobian = problem.linearize(x, y)
+        return _single(jacobian, optimality, trees.scale(self.step_size, optimality))
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CustomStep(Step):
+    """Any P^{-1} of the user's.
+
+    Args:
+      inverse: (x, y, v) -> P(x, y)^{-1} v, a pytree like x.
+
+    Raises:
+      TypeError: if `inverse` is not a function, or returns something unlike x.
+
+    Example:
+      >>> import bilevax as bx
+      >>> rule = bx.Preconditioned(bx.Implicit(), step=bx.CustomStep(lambda x, y, v: v / y))
+    """
+
+    inverse: Callable[[PyTree, PyTree, PyTree], PyTree]
+
+    def __post_init__(self) -> None:
+        if type(self.inverse) is not object and not isinstance(self.inverse, Partial):
+            checks.is_callable("step", self.inverse)
+            object.__setattr__(self, "inverse", Partial(self.inverse))
+
+    def apply_inverse(
+        self, problem: Problem, x: PyTree, y: PyTree, rtol: Any
+    ) -> tuple[PyTree, LinearReport]:
+        optimality, jacobian = problem.linearize(x, y)
+        step = self.inverse(x, y, optimality)
+        checks.same_structure("step", jax.eval_shape(lambda: step), x)
+        return _single(jacobian, optimality, step)
+
+
+def _single(
+    jacobian: LinearOperator, optimality: PyTree, step: PyTree
+) -> tuple[PyTree, LinearReport]:
+    """Report on a step that is not a solve: the part of F that it leaves, to first order."""
+    left = trees.norm(trees.add_scaled(optimality, -1, jacobian.matvec(step)))
+    size = trees.norm(optimality)
+    residual = left / jnp.where(size > 0, size, 1)
+    status = jnp.where(jnp.isfinite(left), code(Status.TRUNCATED), code(Status.NONFINITE))
+    one = jnp.ones((), jnp.int32)
+    return step, LinearReport(status, one, one, residual)

@@ -1,0 +1,64 @@
+"""What a solver is: frozen hyperparameters with a pure `init` and a pure `step`."""
+
+import abc
+from typing import Any, NamedTuple
+
+from bilevax import _checks as checks
+from bilevax._problems import Minimum, Problem
+
+PyTree = Any
+
+
+class Iterate(NamedTuple):
+    """Where a solver stands.
+
+    Attributes:
+      x: the current point.
+      optimality: F(x, y), which the loop reads to decide when to stop.
+      state: what the solver carries from step to step (momentum, step size, ...).
+      stalled: whether the last step could not improve x; ends the loop.
+    """
+
+    x: PyTree
+    optimality: PyTree
+    state: PyTree = ()
+    stalled: Any = False
+
+
+class Solver(abc.ABC):
+    """Base class of inner solvers: a frozen pytree of numbers with `init` and `step`.
+
+    Subclasses are frozen dataclasses, registered as pytrees, with the fields `rtol`, `atol` and
+    `maxiter`. The loop stops when ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol). Defaults are
+    eps^(3/4) for `rtol` (1.8e-12 in float64, 6.4e-6 in float32) and 10 eps for `atol`.
+    With `rtol=0` and `atol=0` exactly `maxiter` steps are taken.
+    """
+
+    rtol: Any
+    atol: Any
+    maxiter: Any
+
+    @abc.abstractmethod
+    def init(self, problem: Problem, x: PyTree, y: PyTree) -> Iterate:
+        """Return the iterate at the start x."""
+
+    @abc.abstractmethod
+    def step(self, problem: Problem, iterate: Iterate, y: PyTree) -> Iterate:
+        """Return the next iterate."""
+
+
+def check_stopping(solver: Solver) -> None:
+    """Check the numeric fields that all solvers share."""
+    for name in ("rtol", "atol", "maxiter"):
+        checks.not_negative(name, getattr(solver, name))
+
+
+def require_minimum(problem: Problem, solver: str) -> Minimum:
+    """Return the problem if it is a minimum; solvers that look at f need one."""
+    if not isinstance(problem, Minimum):
+        kind = {"Root": "root", "FixedPoint": "fixed_point"}.get(type(problem).__name__, "problem")
+        raise TypeError(
+            f"`{solver}` evaluates an objective and needs `minimum(...)`, got `{kind}(...)`. "
+            "For a root or a fixed point use `Newton` or `FixedPointIteration`."
+        )
+    return problem

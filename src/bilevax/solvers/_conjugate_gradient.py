@@ -1,0 +1,96 @@
+"""Nonlinear conjugate gradients with a curvature step."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from bilevax import _checks as checks
+from bilevax import _trees as trees
+from bilevax._problems import Problem
+from bilevax.solvers import _base as base
+from bilevax.solvers._line_search import Backtracking, Point, backtrack, evaluate
+
+PyTree = Any
+
+
+class _State(NamedTuple):
+    value: jax.Array
+    direction: PyTree
+    step_size: jax.Array
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ConjugateGradient(base.Solver):
+    """Nonlinear conjugate gradients (Polak-Ribiere+) with the exact step of the local quadratic.
+
+        x' = x + t d,  t = -<F, d> / <d, F_1 d>,  d' = -F' + max(0, <F', F' - F> / <F, F>) d
+
+    One Hessian-vector product and one gradient a step, no tuning. On a quadratic objective it is
+    the linear method and ends in at most dim(x) steps. Where the curvature is not positive, the
+    line search starts from twice the last step.
+
+    Args:
+      rtol: stop at ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol).
+      atol: see `rtol`; in the unit of F.
+      maxiter: steps at most.
+      line_search: how a step that is too long is shrunk.
+
+    Raises:
+      TypeError: on a problem that is not a `minimum(...)`.
+      ValueError: for a negative tolerance or `maxiter`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import bilevax as bx
+      >>> problem = bx.minimum(lambda x, y: jnp.sum(y * x**2 - x))
+      >>> solve = bx.solution_map(problem, solver=bx.ConjugateGradient())
+      >>> w, report = solve.with_report(jnp.zeros(3), jnp.array([1.0, 2.0, 4.0]))
+      >>> int(report.iterations)
+      3
+
+    Source:
+      E. Polak and G. Ribiere, "Note sur la convergence de methodes de directions conjuguees",
+      1969.
+    """
+
+    rtol: Any = None
+    atol: Any = None
+    maxiter: Any = 1000
+    _: dataclasses.KW_ONLY
+    line_search: Backtracking = Backtracking()
+
+    def __post_init__(self) -> None:
+        base.check_stopping(self)
+        checks.is_component("line_search", self.line_search, Backtracking, "Backtracking()")
+
+    def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
+        point = evaluate(base.require_minimum(problem, "ConjugateGradient"), x, y)
+        direction = trees.negative(point.optimality)
+        step_size = 0.5 / jnp.maximum(point.norm, 1)
+        state = _State(point.value, direction, step_size)
+        return base.Iterate(x, point.optimality, state, False)
+
+    def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
+        value, direction, last_step = iterate.state
+        optimality = iterate.optimality
+        norm = trees.norm(optimality)
+        _, jacobian = problem.linearize(iterate.x, y)
+        curvature = trees.inner(direction, jacobian.matvec(direction))
+        exact = -trees.inner(optimality, direction) / curvature
+        first_step = jnp.where(curvature > 0, exact, 2 * last_step)
+        start = Point(iterate.x, value, optimality, norm)
+        trial = backtrack(self.line_search, problem, start, y, direction, first_step)
+        point = trial.point
+
+        change = trees.add_scaled(point.optimality, -1, optimality)
+        beta = jnp.maximum(0, trees.inner(point.optimality, change) / norm**2)
+        steepest = trees.negative(point.optimality)
+        direction = trees.add_scaled(steepest, beta, direction)
+        descends = trees.inner(point.optimality, direction) < 0
+        direction = trees.where(descends, direction, steepest)
+        state = _State(point.value, direction, trial.step_size)
+        return base.Iterate(point.x, point.optimality, state, ~trial.accepted)

@@ -1,0 +1,96 @@
+"""Newton's method, matrix-free."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from bilevax import _checks as checks
+from bilevax import _trees as trees
+from bilevax._operator import Structure
+from bilevax._problems import Minimum, Problem
+from bilevax.linear import CG, GMRES, LinearSolver, linear_solve
+from bilevax.solvers import _base as base
+from bilevax.solvers._line_search import Backtracking, Point, backtrack, evaluate
+
+PyTree = Any
+
+
+class _State(NamedTuple):
+    value: jax.Array
+    initial_norm: jax.Array
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Newton(base.Solver):
+    """Newton's method with a line search: x <- x - t F_1(x, y)^{-1} F(x, y).
+
+    By default the linear system is solved inexactly and matrix-free, by CG where F_1 is declared
+    positive definite and by GMRES elsewhere, to a relative residual of
+    min(0.1, sqrt(||F(x, y)|| / ||F(x0, y)||)): loosely far from the solution, and tightly enough
+    near it for superlinear convergence. For a minimum, a direction that does not descend is
+    replaced by the steepest one, so negative curvature slows Newton down but does not fool it.
+
+    Args:
+      linear_solver: a `LinearSolver` that is used with its own tolerances, such as `Dense()`;
+        None for the inexact solve above.
+      rtol: stop at ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol).
+      atol: see `rtol`; in the unit of F.
+      maxiter: steps at most.
+      line_search: how a step that is too long is shrunk.
+
+    Raises:
+      TypeError: if `linear_solver` is not a `LinearSolver`.
+      ValueError: for a negative tolerance or `maxiter`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import bilevax as bx
+      >>> solve = bx.solution_map(bx.root(lambda x, y: x**3 - y), solver=bx.Newton())
+      >>> round(float(solve(1.0, 8.0)), 4)
+      2.0
+
+    Source:
+      R. Dembo, S. Eisenstat, T. Steihaug, "Inexact Newton Methods", 1982.
+    """
+
+    linear_solver: LinearSolver | None = None
+    rtol: Any = None
+    atol: Any = None
+    maxiter: Any = 100
+    _: dataclasses.KW_ONLY
+    line_search: Backtracking = Backtracking()
+
+    def __post_init__(self) -> None:
+        base.check_stopping(self)
+        if self.linear_solver is not None:
+            checks.is_component("linear_solver", self.linear_solver, LinearSolver, "Dense()")
+        checks.is_component("line_search", self.line_search, Backtracking, "Backtracking()")
+
+    def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
+        point = evaluate(problem, x, y)
+        return base.Iterate(x, point.optimality, _State(point.value, point.norm), False)
+
+    def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
+        state, optimality = iterate.state, iterate.optimality
+        norm = trees.norm(optimality)
+        solver = self.linear_solver
+        if solver is None:
+            forcing = jnp.minimum(0.1, jnp.sqrt(norm / state.initial_norm))
+            definite = problem.structure is Structure.POSITIVE_DEFINITE
+            solver = CG(rtol=forcing) if definite else GMRES(rtol=forcing)
+        _, jacobian = problem.linearize(iterate.x, y)
+        solution, _ = linear_solve(jacobian, optimality, solver)
+        direction = trees.negative(solution)
+        if isinstance(problem, Minimum):
+            # Not downhill, or NaN because curvature was negative at once: steepest descent.
+            descends = trees.inner(optimality, direction) < 0
+            steepest = trees.scale(-1 / jnp.maximum(norm, 1), optimality)
+            direction = trees.where(descends, direction, steepest)
+        start = Point(iterate.x, state.value, optimality, norm)
+        trial = backtrack(self.line_search, problem, start, y, direction, 1.0)
+        state = _State(trial.point.value, state.initial_norm)
+        return base.Iterate(trial.point.x, trial.point.optimality, state, ~trial.accepted)

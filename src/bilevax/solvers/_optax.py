@@ -1,0 +1,105 @@
+"""Any Optax optimiser as an inner solver."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import optax
+import optax.tree
+from jax.tree_util import Partial, register_dataclass
+
+from bilevax import _checks as checks
+from bilevax import _trees as trees
+from bilevax._problems import Minimum, Problem
+from bilevax.solvers import _base as base
+
+PyTree = Any
+
+
+class _State(NamedTuple):
+    optimizer: PyTree
+    value: jax.Array | None
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Optax(base.Solver):
+    """Any `optax.GradientTransformation`, fed with F(x, y) as the gradient.
+
+    Args:
+      transformation: the optimiser. Transformations with extra arguments (line searches) also
+        get `value`, `grad` and `value_fn` on a minimum.
+      learning_rate: None where the transformation has its own, as `optax.adam(1e-2)`. A number
+        here steps along -learning_rate * update, for bare directions such as
+        `optax.scale_by_adam()`; it may be traced, batched or computed from y, and changing it
+        does not compile again.
+      rtol: stop at ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol).
+      atol: see `rtol`; in the unit of F.
+      maxiter: steps at most.
+
+    Raises:
+      TypeError: if `transformation` is not an `optax.GradientTransformation`.
+      ValueError: for a rate that is not positive, a negative tolerance or a negative `maxiter`.
+
+    Example:
+      >>> import optax
+      >>> import bilevax as bx
+      >>> problem = bx.minimum(lambda x, y: 0.5 * (x - y) ** 2)
+      >>> solve = bx.solution_map(problem, solver=bx.Optax(optax.sgd(0.3, momentum=0.5)))
+      >>> round(float(solve(0.0, 3.0)), 4)
+      3.0
+
+    Source:
+      DeepMind et al., "The DeepMind JAX Ecosystem", 2020 (Optax).
+    """
+
+    transformation: optax.GradientTransformation
+    learning_rate: Any = None
+    rtol: Any = None
+    atol: Any = None
+    maxiter: Any = 10_000
+
+    def __post_init__(self) -> None:
+        base.check_stopping(self)
+        checks.positive("learning_rate", self.learning_rate)
+        checks.is_component(
+            "transformation", self.transformation, optax.GradientTransformation, "optax.adam(1e-2)"
+        )
+        # As Partials the two functions are pytrees without leaves, like all functions here.
+        if _is_plain(self.transformation):
+            functions = (Partial(function) for function in self.transformation)
+            wrapped = type(self.transformation)(*functions)
+            object.__setattr__(self, "transformation", wrapped)
+
+    def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
+        return self._iterate(problem, x, y, self.transformation.init(x))
+
+    def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
+        state, optimality = iterate.state, iterate.optimality
+        extra = {}
+        if state.value is not None and isinstance(problem, Minimum):
+            objective = problem.function
+            extra = {
+                "value": state.value,
+                "grad": optimality,
+                "value_fn": lambda x: objective(x, y),
+            }
+        updates, optimizer = self.transformation.update(
+            optimality, state.optimizer, iterate.x, **extra
+        )
+        if self.learning_rate is not None:
+            updates = trees.scale(-jax.numpy.asarray(self.learning_rate), updates)
+        return self._iterate(problem, optax.apply_updates(iterate.x, updates), y, optimizer)
+
+    def _iterate(self, problem: Problem, x: PyTree, y: PyTree, optimizer: PyTree) -> base.Iterate:
+        wants_value = isinstance(self.transformation, optax.GradientTransformationExtraArgs)
+        if wants_value and isinstance(problem, Minimum):
+            value, optimality = problem.value_and_optimality(x, y)
+            return base.Iterate(x, optimality, _State(optimizer, value))
+        return base.Iterate(x, problem.optimality(x, y), _State(optimizer, None))
+
+
+def _is_plain(transformation: Any) -> bool:
+    return isinstance(transformation, optax.GradientTransformation) and not isinstance(
+        transformation.init, Partial
+    )
