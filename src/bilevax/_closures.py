@@ -5,6 +5,7 @@ A `custom_vjp` function may not depend on tracers it closes over: gradients woul
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,28 +32,32 @@ def hoist(function: Partial, *arguments: PyTree) -> Partial:
         return function
     # The tracers among the leaves of the function are explicit already.
     flat, function_structure = jax.tree.flatten(function)
-
-    def call(flat: list[Any], *arguments: PyTree) -> PyTree:
-        return jax.tree.unflatten(function_structure, flat)(*arguments)
-
-    traced, shape = jax.make_jaxpr(call, return_shape=True)(flat, *arguments)
-    positions = [i for i, c in enumerate(traced.consts) if isinstance(c, jax.core.Tracer)]
-    if not positions:
+    explicit = make_explicit(
+        lambda flat, *arguments: jax.tree.unflatten(function_structure, flat)(*arguments),
+        flat,
+        *arguments,
+    )
+    captured = explicit.args[0]
+    if not captured:
         memory.closes_over_nothing = True
         return function
-    concrete = [None if i in positions else c for i, c in enumerate(traced.consts)]
+    return Partial(explicit.func, captured, flat)
+
+
+def make_explicit(function: Callable[..., PyTree], *arguments: PyTree) -> Partial:
+    """Return an equal function as a `Partial` whose one argument is its closed-over tracers."""
+    traced, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    is_tracer = [isinstance(constant, jax.core.Tracer) for constant in traced.consts]
+    concrete = [None if is_tracer[i] else c for i, c in enumerate(traced.consts)]
     output_structure = jax.tree.structure(shape)
 
-    def explicit(captured: list[jax.Array], flat: list[Any], *arguments: PyTree) -> PyTree:
-        consts = list(concrete)
-        for position, value in zip(positions, captured, strict=True):
-            consts[position] = value
-        outputs = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, consts))(
-            *jax.tree.leaves((flat, *arguments))
-        )
-        return jax.tree.unflatten(output_structure, outputs)
+    def explicit(captured: list[jax.Array], *arguments: PyTree) -> PyTree:
+        values = iter(captured)
+        constants = [next(values) if is_tracer[i] else c for i, c in enumerate(concrete)]
+        evaluate = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, constants))
+        return jax.tree.unflatten(output_structure, evaluate(*jax.tree.leaves(arguments)))
 
-    return Partial(explicit, [traced.consts[i] for i in positions], flat)
+    return Partial(explicit, [c for i, c in enumerate(traced.consts) if is_tracer[i]])
 
 
 def has_functions(tree: PyTree) -> bool:

@@ -62,7 +62,7 @@ def guard(policy: OnFailure, what: str, failed: jax.Array, status: jax.Array, va
         failed = failed | jax.pure_callback(check, shape, failed, status, vmap_method="expand_dims")
 
     def poison(leaf: Any) -> Any:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):  # float0, keys and integers
             return leaf
         return jnp.where(failed, jnp.nan, 1).astype(leaf.dtype) * leaf
 

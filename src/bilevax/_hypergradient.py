@@ -15,8 +15,8 @@ from bilevax import _trees as trees
 from bilevax._failure import OnFailure, guard
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, SolveReport
-from bilevax._status import is_failure, is_unsolved
-from bilevax.rules import Implicit, Rule
+from bilevax._status import is_failure
+from bilevax.rules import Implicit, Rule, Settings
 from bilevax.solvers import Solver
 
 PyTree = Any
@@ -45,7 +45,7 @@ class HypergradientReport(NamedTuple):
 
     inner: SolveReport
     adjoint: LinearReport
-    identity_entries: jax.Array | int
+    identity_entries: jax.Array
 
 
 class Hypergradient(NamedTuple):
@@ -104,7 +104,9 @@ class Engine:
     def __call__(self, y: PyTree, warm: WarmStart) -> Hypergradient:
         """Return value, hypergradient, next warm start and report at y."""
         if not isinstance(warm, WarmStart):
-            raise TypeError(f"`warm` must be a WarmStart, for example `cold_start(x0)`; got {warm!r}.")
+            raise TypeError(
+                f"`warm` must be a WarmStart, for example `cold_start(x0)`; got {warm!r}."
+            )
         checks.inner_variable(warm.x, "warm.x")
         checks.outer_variable(y)
         warm = WarmStart(*map(trees.as_arrays, warm))
@@ -182,24 +184,24 @@ def _evaluate_untraced(
     problem.check(warm.x, y)
     rule.check(problem, warm.x, y)
     x, inner = loop.run(solver, problem, warm.x, y)
-    x, correction = rule.correct(problem, x, y, solver.rtol)
+    settings = Settings(solver.rtol, on_failure)
+    x, correction = rule.correct(problem, x, y, settings)
     inner = inner._replace(correction=correction)
 
     shape = jax.eval_shape(outer, x, y)
     checks.scalar_output("outer", shape[0] if has_aux else shape)
     value, pull_outer, *aux = jax.vjp(outer, x, y, has_aux=has_aux)
     cotangent_x, explicit = pull_outer(jnp.ones_like(value))
-    _, implicit, rule_report = rule.pull(problem, x, y, cotangent_x, warm.adjoint, solver.rtol)
+    _, implicit, rule_report = rule.pull(problem, x, y, cotangent_x, warm.adjoint, settings)
     gradient = trees.add_cotangents(explicit, implicit)
 
     report = HypergradientReport(inner, rule_report.solve, rule_report.identity_entries)
-    failures = [("inner solve", is_failure, inner.status)]
+    statuses = {"inner solve": inner.status}
     if correction is not None:
-        failures.append(("correction of the solution", is_failure, correction.status))
-    for what, fails, status in failures:
-        x, value, gradient = guard(on_failure, what, fails(status), status, (x, value, gradient))
-    status = rule_report.solve.status
-    gradient = guard(on_failure, "adjoint solve", is_unsolved(status), status, gradient)
+        statuses["correction of x"] = correction.status
+    for what, status in statuses.items():
+        failed = is_failure(status)
+        x, value, gradient = guard(on_failure, what, failed, status, (x, value, gradient))
     following = WarmStart(x, rule_report.adjoint)
     return Hypergradient(value, gradient, x, following, report, aux[0] if aux else None)
 

@@ -43,16 +43,16 @@ class SolveReport(NamedTuple):
 
 
 class RuleReport(NamedTuple):
-    """What a rule computed on the way to a derivative.
+    """What a rule computed on the way to a pullback.
 
     Attributes:
-      solve: the `LinearReport` of the adjoint (or tangent) system.
-      adjoint: v with F_1^T v = cotangent, a pytree like x (for a tangent: F_1^{-1} F_2 dy).
-        `Reparameterized` gives it in its own variable z.
+      solve: the `LinearReport` of the adjoint system.
+      adjoint: v with F_1^T v = cotangent, a pytree like x. `Reparameterized` gives it in its own
+        variable z.
       identity_entries: entries of x that a change of variables left alone because it is
         singular there, int32; 0 for rules without a change.
     """
 
     solve: LinearReport
     adjoint: PyTree
-    identity_entries: jax.Array | int = 0
+    identity_entries: jax.Array

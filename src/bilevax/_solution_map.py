@@ -15,8 +15,8 @@ from bilevax._closures import has_functions, hoist
 from bilevax._failure import OnFailure, guard
 from bilevax._problems import Problem
 from bilevax._results import SolveReport
-from bilevax._status import Status, code, is_failure, is_unsolved
-from bilevax.rules import Implicit, Rule
+from bilevax._status import Status, code, is_failure
+from bilevax.rules import Implicit, Rule, Settings
 from bilevax.solvers import Solver
 
 PyTree = Any
@@ -49,15 +49,15 @@ class SolutionMap:
         x0 = trees.as_arrays(x0)
         y = jax.tree.map(jnp.asarray, y)
         problem = dataclasses.replace(self.problem, function=hoist(self.problem.function, x0, y))
-        solve = Partial(_solve, self.solve, self.rule, self.rtol, _Policy(forward))
-        policy = _Policy(self.on_failure)
+        settings = Settings(self.rtol, self.on_failure)
+        solve = Partial(_solve, self.solve, self.rule, Settings(self.rtol, forward))
         if self.rule.mode == "forward":
-            push = Partial(_push, self.rule, self.rtol, policy)
+            push = Partial(_push, self.rule, settings)
             if has_functions((self.solve, self.rule)):
                 solve = hoist(solve, problem, x0, y)
                 push = hoist(push, problem, x0, y, _zero_tangent((problem, y)))
             return _forward_mode(solve, push, problem, x0, y)
-        pull = Partial(_pull, self.rule, self.rtol, policy)
+        pull = Partial(_pull, self.rule, settings)
         if has_functions((self.solve, self.rule)):
             solve = hoist(solve, problem, x0, y)
             pull = hoist(pull, problem, x0, y, x0)
@@ -171,14 +171,6 @@ def _make(
     return SolutionMap(problem, solve, rule, rtol, on_failure)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Policy:
-    """An `OnFailure` that can travel in a pytree."""
-
-    value: OnFailure = dataclasses.field(metadata={"static": True})
-
-
 def _run(solver: Solver, problem: Problem, x0: PyTree, y: PyTree) -> tuple[PyTree, SolveReport]:
     return loop.run(solver, problem, x0, y)
 
@@ -200,51 +192,41 @@ def _run_black_box(
 
 @jax.jit
 def _solve(
-    solve: Partial,
-    rule: Rule,
-    rtol: Any,
-    policy: _Policy,
-    problem: Problem,
-    x0: PyTree,
-    y: PyTree,
+    solve: Partial, rule: Rule, settings: Settings, problem: Problem, x0: PyTree, y: PyTree
 ) -> tuple[PyTree, SolveReport]:
     """Solve, then move to the point at which the rule is evaluated."""
     problem.check(x0, y)
     rule.check(problem, x0, y)
     x, report = solve(problem, x0, y)
-    x, correction = rule.correct(problem, x, y, rtol)
+    x, correction = rule.correct(problem, x, y, settings)
     report = report._replace(correction=correction)
-    x = guard(policy.value, "inner solve", is_failure(report.status), report.status, x)
+    x = guard(settings.on_failure, "inner solve", is_failure(report.status), report.status, x)
     if correction is not None:
         status = correction.status
-        x = guard(policy.value, "correction of the solution", is_failure(status), status, x)
+        x = guard(settings.on_failure, "correction of x", is_failure(status), status, x)
     return x, report
 
 
 @jax.jit
 def _pull(
-    rule: Rule, rtol: Any, policy: _Policy, problem: Problem, x: PyTree, y: PyTree, cotangent: PyTree
+    rule: Rule, settings: Settings, problem: Problem, x: PyTree, y: PyTree, cotangent: PyTree
 ) -> tuple[Problem, PyTree]:
     """Return cotangents of (problem, y)."""
-    *cotangents, report = rule.pull(problem, x, y, cotangent, None, rtol)
-    status = report.solve.status
-    return tuple(guard(policy.value, "adjoint solve", is_unsolved(status), status, cotangents))
+    cotangent_problem, cotangent_y, _ = rule.pull(problem, x, y, cotangent, None, settings)
+    return cotangent_problem, cotangent_y
 
 
 @jax.jit
 def _push(
     rule: Rule,
-    rtol: Any,
-    policy: _Policy,
+    settings: Settings,
     problem: Problem,
     x: PyTree,
     y: PyTree,
     tangent: tuple[Problem, PyTree],
 ) -> PyTree:
     """Return the tangent of x for a tangent of (problem, y)."""
-    tangent_x, report = rule.push(problem, x, y, tangent, rtol)
-    status = report.solve.status
-    return guard(policy.value, "tangent solve", is_unsolved(status), status, tangent_x)
+    return rule.push(problem, x, y, tangent, settings)
 
 
 @jax.custom_vjp

@@ -3,6 +3,7 @@
 from bilevax.linear._base import LinearSolver as LinearSolver
 from bilevax.linear._base import default_rtol as default_rtol
 from bilevax.linear._base import linear_solve as linear_solve
+from bilevax.linear._base import transposable_solve as transposable_solve
 from bilevax.linear._cg import CG as CG
 from bilevax.linear._dense import Dense as Dense
 from bilevax.linear._krylov import GMRES as GMRES

@@ -1,8 +1,8 @@
 """The linear layer: solve A v = b (or A^T v = b) and say how well.
 
-`linear_solve` is the one entry point. It normalises the right-hand side, prepares a solver once for
-A and A^T, and wraps the solve in `jax.lax.custom_linear_solve`, which makes it transposable and
-differentiable to any order without looking inside the solver's loop.
+`linear_solve` reports on the solve and is differentiable; `transposable_solve` is linear in b for JAX,
+so that it can be transposed as well. Both normalise the right-hand side, prepare a solver once for A
+and A^T, and are differentiable to any order without a look inside the solver's loop.
 """
 
 import abc
@@ -13,13 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jax.tree_util import Partial
+from jax.tree_util import Partial, register_dataclass
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
-from bilevax._operator import LinearOperator
+from bilevax._closures import make_explicit
+from bilevax._failure import OnFailure, guard
+from bilevax._operator import LinearOperator, Structure
 from bilevax._results import LinearReport
-from bilevax._status import Status, code
+from bilevax._status import Status, code, is_unsolved
 
 PyTree = Any
 
@@ -72,11 +74,12 @@ def linear_solve(
     *,
     transpose: bool = False,
     guess: PyTree | None = None,
+    on_failure: OnFailure = OnFailure.RETURN,
 ) -> tuple[PyTree, LinearReport]:
     """Solve (A + damping I) v = b, or its transpose, and report how it went.
 
-    The solution is linear in b for differentiation: derivatives and transposes of any order are
-    solves with the same solver, and see A through its products only.
+    Differentiable to any order in b and in all that A depends on: derivatives are solves with the
+    same solver, dv = A^{-1} (db - dA v).
 
     Args:
       operator: A.
@@ -85,56 +88,128 @@ def linear_solve(
       transpose: solve with A^T.
       guess: a first guess of v; one that is worse than zero is dropped. No gradient flows
         through it.
+      on_failure: what becomes of v where the solve does not end as asked for; it holds for the
+        solves of derivatives too, which have no report.
 
     Returns:
       v and a `LinearReport`. v is NaN if b is not finite or if no iterate was computed.
     """
     if trees.dimension(rhs) == 0:
-        return rhs, LinearReport(code(Status.CONVERGED), *_zeros(3))
-    # One flat vector: `custom_linear_solve` can transpose a solve only if every leaf of b carries a
-    # tangent, and with a single leaf that is sure.
-    flat, unravel = ravel_pytree(rhs)
-
-    def flatten(function: Callable[[PyTree], PyTree]) -> Callable[[jax.Array], jax.Array]:
-        return lambda v: ravel_pytree(function(unravel(v)))[0]
-
-    operator = LinearOperator(flatten(operator.matvec), operator.structure, flat)
-    if solver.damping is not None:
-        operator = operator.damped(solver.damping)
-    preconditioner = getattr(solver, "preconditioner", None)
-    if preconditioner is not None:
-        solver = dataclasses.replace(solver, preconditioner=flatten(preconditioner))  # type: ignore[type-var]
-    prepared = jax.lax.stop_gradient(solver.prepare(operator))
+        nothing = jnp.zeros((), jnp.int32)
+        return rhs, LinearReport(code(Status.CONVERGED), nothing, nothing, jnp.zeros(()))
+    system, b, unravel = _System.build(operator, rhs, solver, transpose, on_failure)
     guess = None if guess is None else jax.lax.stop_gradient(ravel_pytree(guess)[0])
-    system = operator.transpose if transpose else operator
-
-    def solve_as(transposed: bool, guess: jax.Array | None) -> Any:
-        def solve(matvec: Any, b: jax.Array) -> tuple[jax.Array, LinearReport]:
-            size = trees.max_abs(b)
-            usable = jnp.isfinite(size) & (size > 0)
-            unit = jnp.where(usable, size, 1)
-            v, report = solver.solve(
-                LinearOperator(matvec, operator.structure, flat),
-                b / unit,
-                guess=None if guess is None else guess / unit,
-                prepared=prepared,
-                transposed=transposed,
-            )
-            finite = jnp.isfinite(size)
-            status = jnp.where(finite, report.status, code(Status.NONFINITE))
-            return jnp.where(finite, unit, jnp.nan) * v, report._replace(status=status)
-
-        return solve
-
-    v, report = jax.lax.custom_linear_solve(
-        system.matvec,
-        flat,
-        solve=solve_as(transpose, guess),
-        transpose_solve=solve_as(not transpose, None),
-        symmetric=operator.structure.is_symmetric,
-        has_aux=True,
-    )
+    v, report = _solve(system, guess, b)
     return unravel(v), report
+
+
+def transposable_solve(
+    operator: LinearOperator,
+    rhs: PyTree,
+    solver: LinearSolver,
+    *,
+    on_failure: OnFailure = OnFailure.RETURN,
+) -> PyTree:
+    """Solve (A + damping I) v = b as a linear function of b that JAX can also transpose.
+
+    For tangents, which are transposed when a forward rule is used in reverse mode. A linear
+    function has no room for a report, so `on_failure` is all that tells of a failure.
+    """
+    if trees.dimension(rhs) == 0:
+        return rhs
+    system, b, unravel = _System.build(operator, rhs, solver, False, on_failure)
+    return unravel(_solve_transposably(system, b))
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _System:
+    """A linear system on flat vectors, as a pytree of all that it depends on."""
+
+    solver: LinearSolver
+    matvec: Partial  # its leaves are what A depends on
+    prepared: PyTree
+    structure: Structure = dataclasses.field(metadata={"static": True})
+    transposed: bool = dataclasses.field(metadata={"static": True})
+    on_failure: OnFailure = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def build(
+        cls,
+        operator: LinearOperator,
+        rhs: PyTree,
+        solver: LinearSolver,
+        transposed: bool,
+        on_failure: OnFailure,
+    ) -> tuple["_System", jax.Array, Callable[[jax.Array], PyTree]]:
+        """Return the system, b as a flat vector, and the way back to a pytree."""
+        b, unravel = ravel_pytree(rhs)
+
+        def flatten(function: Callable[[PyTree], PyTree]) -> Callable[[jax.Array], jax.Array]:
+            return lambda v: ravel_pytree(function(unravel(v)))[0]
+
+        operator = LinearOperator(flatten(operator.matvec), operator.structure, b)
+        if solver.damping is not None:
+            operator = operator.damped(solver.damping)
+        preconditioner = getattr(solver, "preconditioner", None)
+        if preconditioner is not None:
+            explicit = make_explicit(flatten(preconditioner), b)
+            solver = dataclasses.replace(solver, preconditioner=explicit)  # type: ignore[type-var]
+        prepared = jax.lax.stop_gradient(solver.prepare(operator))
+        product = operator.transpose if transposed else operator
+        matvec = make_explicit(product.matvec, b)
+        structure = operator.structure
+        return cls(solver, matvec, prepared, structure, transposed, on_failure), b, unravel
+
+    def run(
+        self, matvec: Callable[..., jax.Array], b: jax.Array, guess: jax.Array | None, swap: bool
+    ) -> tuple[jax.Array, LinearReport]:
+        """Normalise b, solve, apply the policy; `swap` says that `matvec` is transposed."""
+        size = trees.max_abs(b)
+        finite = jnp.isfinite(size)
+        unit = jnp.where(finite & (size > 0), size, 1)
+        v, report = self.solver.solve(
+            LinearOperator(matvec, self.structure, b),
+            b / unit,
+            guess=None if guess is None else guess / unit,
+            prepared=self.prepared,
+            transposed=self.transposed != swap,
+        )
+        v = jnp.where(finite, unit, jnp.nan) * v
+        status = jnp.where(finite, report.status, code(Status.NONFINITE))
+        v = guard(self.on_failure, "linear solve", is_unsolved(status), status, v)
+        return v, report._replace(status=status)
+
+
+@jax.custom_jvp
+def _solve(
+    system: _System, guess: jax.Array | None, b: jax.Array
+) -> tuple[jax.Array, LinearReport]:
+    return system.run(system.matvec, b, guess, swap=False)
+
+
+@_solve.defjvp
+def _solve_jvp(primals: Any, tangents: Any) -> Any:
+    system, _, b = primals
+    tangent_system, _, tangent_b = tangents
+    v, report = _solve(*primals)
+    # A v = b, so A dv = db - dA v; the solver's own numbers do not matter at the solution.
+    tangent_product = jax.jvp(lambda matvec: matvec(v), (system.matvec,), (tangent_system.matvec,))[
+        1
+    ]
+    tangent_v = _solve_transposably(system, tangent_b - tangent_product)
+    still = jax.tree.map(jax.custom_derivatives.zero_from_primal, report)
+    return (v, report), (tangent_v, still)
+
+
+def _solve_transposably(system: _System, b: jax.Array) -> jax.Array:
+    return jax.lax.custom_linear_solve(
+        system.matvec,
+        b,
+        solve=lambda matvec, b: system.run(matvec, b, None, swap=False)[0],
+        transpose_solve=lambda matvec, b: system.run(matvec, b, None, swap=True)[0],
+        symmetric=system.structure.is_symmetric,
+    )
 
 
 def measure(
@@ -193,7 +268,3 @@ def preconditioner_of(solver: Any, like: PyTree, transposed: bool) -> Any:
         return solver.preconditioner
     transposed_preconditioner = jax.linear_transpose(solver.preconditioner, like)
     return lambda v: transposed_preconditioner(v)[0]
-
-
-def _zeros(count: int) -> tuple[jax.Array, ...]:
-    return (jnp.zeros((), jnp.int32),) * (count - 1) + (jnp.zeros(()),)

@@ -215,9 +215,7 @@ def _unit_sized(operator: LinearOperator, rhs: PyTree) -> tuple[LinearOperator, 
     image = jax.tree.map(lambda leaf: leaf / largest.astype(leaf.dtype), image)
     size = largest * trees.norm(image) / jnp.where(rhs_norm > 0, rhs_norm, 1)
     size = jnp.where(size == 0, 1, size)
-    return dataclasses.replace(
-        operator, matvec=lambda v: _rescale(operator.matvec(v), size)
-    ), size
+    return dataclasses.replace(operator, matvec=lambda v: _rescale(operator.matvec(v), size)), size
 
 
 def _rescale(tree: PyTree, size: jax.Array) -> PyTree:

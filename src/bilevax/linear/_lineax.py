@@ -79,7 +79,4 @@ class LineaxSolver(base.LinearSolver):
         result = lineax.linear_solve(system, rhs, self.solver, options=options, throw=False)
         relative, status = base.measure(operator, result.value, rhs, 0.0, 0.0)
         iterations = jnp.asarray(result.stats.get("num_steps", -1), jnp.int32)
-        return result.value, LinearReport(
-            status, iterations, jnp.full((), -1, jnp.int32), relative
-        )
-
+        return result.value, LinearReport(status, iterations, jnp.full((), -1, jnp.int32), relative)

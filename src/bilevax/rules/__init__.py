@@ -1,6 +1,7 @@
 """Rules: how the derivative of the solution map is formed at an inexact solution."""
 
 from bilevax.rules._base import Rule as Rule
+from bilevax.rules._base import Settings as Settings
 from bilevax.rules._changes import Change as Change
 from bilevax.rules._changes import ChangeOfVariables as ChangeOfVariables
 from bilevax.rules._changes import DiagonalChange as DiagonalChange

@@ -1,16 +1,33 @@
 """What a rule is: how the derivative of the solution map is formed at an inexact solution."""
 
 import abc
+import dataclasses
 from typing import Any
 
 import jax
+from jax.tree_util import register_dataclass
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
+from bilevax._failure import OnFailure
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
 
 PyTree = Any
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a solution map or an engine tells the linear solves inside a rule.
+
+    Attributes:
+      rtol: the tolerance of linear solvers that have none of their own; None for the dtype's.
+      on_failure: what becomes of adjoint and tangent solves that do not end as asked for.
+    """
+
+    rtol: Any = None
+    on_failure: OnFailure = dataclasses.field(default=OnFailure.RETURN, metadata={"static": True})
 
 
 class Rule(abc.ABC):
@@ -18,8 +35,7 @@ class Rule(abc.ABC):
 
     Users call `refine`, `pullback` and `pushforward`; they are compiled once per shape. A new
     rule implements `correct` (if it moves the point), `pull` and `push`, which run inside one
-    trace. These take a suggestion `rtol` for linear solvers that have no tolerance of their own,
-    and differentiate with respect to the pair (problem, y): the leaves of a problem are the
+    trace. They differentiate with respect to the pair (problem, y): the leaves of a problem are the
     traced values that its function closes over.
     """
 
@@ -66,10 +82,23 @@ class Rule(abc.ABC):
         checks.same_structure("cotangent", jax.eval_shape(lambda: cotangent), x)
         return _pullback(self, problem, x, y, cotangent, guess)
 
-    def pushforward(
-        self, problem: Problem, x: PyTree, y: PyTree, tangent: PyTree
-    ) -> tuple[PyTree, RuleReport]:
-        """Return (dx*/dy) tangent as this rule estimates it at (x, y), and a `RuleReport`."""
+    def pushforward(self, problem: Problem, x: PyTree, y: PyTree, tangent: PyTree) -> PyTree:
+        """Return (dx*/dy) tangent as this rule estimates it at (x, y).
+
+        A linear function has no room for a report: the result is NaN where the solve fails.
+
+        Args:
+          problem: a `minimum`, `root` or `fixed_point`.
+          x: the point, a pytree of floating arrays.
+          y: the outer variable.
+          tangent: a pytree like y, float0 for integer and key leaves.
+
+        Returns:
+          A tangent of x.
+
+        Raises:
+          TypeError: if the problem does not fit x.
+        """
         x = _checked(problem, x, y)
         return _pushforward(self, problem, x, y, tangent)
 
@@ -77,7 +106,7 @@ class Rule(abc.ABC):
         """Raise if a user's function does not fit the problem; costs nothing at run time."""
 
     def correct(
-        self, problem: Problem, x: PyTree, y: PyTree, rtol: Any
+        self, problem: Problem, x: PyTree, y: PyTree, settings: Settings
     ) -> tuple[PyTree, LinearReport | None]:
         """Return the point at which this rule is evaluated; see `refine`."""
         return x, None
@@ -90,15 +119,20 @@ class Rule(abc.ABC):
         y: PyTree,
         cotangent: PyTree,
         guess: PyTree | None,
-        rtol: Any,
+        settings: Settings,
     ) -> tuple[Problem, PyTree, RuleReport]:
         """Return cotangents of (problem, y), and a report."""
 
     @abc.abstractmethod
     def push(
-        self, problem: Problem, x: PyTree, y: PyTree, tangent: tuple[Problem, PyTree], rtol: Any
-    ) -> tuple[PyTree, RuleReport]:
-        """Return the tangent of x that belongs to a tangent of (problem, y), and a report."""
+        self,
+        problem: Problem,
+        x: PyTree,
+        y: PyTree,
+        tangent: tuple[Problem, PyTree],
+        settings: Settings,
+    ) -> PyTree:
+        """Return the tangent of x that belongs to a tangent of (problem, y)."""
 
 
 def _checked(problem: Problem, x: PyTree, y: PyTree) -> PyTree:
@@ -112,7 +146,7 @@ def _checked(problem: Problem, x: PyTree, y: PyTree) -> PyTree:
 def _refine(rule: Rule, problem: Problem, x: PyTree, y: PyTree) -> Any:
     problem.check(x, y)
     rule.check(problem, x, y)
-    return rule.correct(problem, x, y, None)
+    return rule.correct(problem, x, y, Settings())
 
 
 @jax.jit
@@ -121,7 +155,7 @@ def _pullback(
 ) -> Any:
     problem.check(x, y)
     rule.check(problem, x, y)
-    _, cotangent_y, report = rule.pull(problem, x, y, cotangent, guess, None)
+    _, cotangent_y, report = rule.pull(problem, x, y, cotangent, guess, Settings())
     return cotangent_y, report
 
 
@@ -130,4 +164,4 @@ def _pushforward(rule: Rule, problem: Problem, x: PyTree, y: PyTree, tangent: Py
     problem.check(x, y)
     rule.check(problem, x, y)
     still = jax.tree.map(jax.custom_derivatives.zero_from_primal, problem)
-    return rule.push(problem, x, y, (still, tangent), None)
+    return rule.push(problem, x, y, (still, tangent), Settings(on_failure=OnFailure.NAN))

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from bilevax import _checks as checks
@@ -10,8 +11,8 @@ from bilevax import _trees as trees
 from bilevax._operator import Structure
 from bilevax._problems import Problem
 from bilevax._results import RuleReport
-from bilevax.linear import CG, GMRES, LinearSolver, linear_solve
-from bilevax.rules._base import Rule
+from bilevax.linear import CG, GMRES, LinearSolver, linear_solve, transposable_solve
+from bilevax.rules._base import Rule, Settings
 
 PyTree = Any
 
@@ -64,27 +65,39 @@ class Implicit(Rule):
         y: PyTree,
         cotangent: PyTree,
         guess: PyTree | None,
-        rtol: Any,
+        settings: Settings,
     ) -> tuple[Problem, PyTree, RuleReport]:
         _, jacobian = problem.linearize(x, y)
-        solver = resolve_linear_solver(self.linear_solver, problem, rtol)
-        v, report = linear_solve(jacobian, cotangent, solver, transpose=True, guess=guess)
+        solver = resolve_linear_solver(self.linear_solver, problem, settings)
+        v, report = linear_solve(
+            jacobian,
+            cotangent,
+            solver,
+            transpose=True,
+            guess=guess,
+            on_failure=settings.on_failure,
+        )
         cotangents = problem.pull_outer(x, y, trees.negative(v))
-        return *cotangents, RuleReport(report, v)
+        return *cotangents, RuleReport(report, v, jnp.zeros((), jnp.int32))
 
     def push(
-        self, problem: Problem, x: PyTree, y: PyTree, tangent: tuple[Problem, PyTree], rtol: Any
-    ) -> tuple[PyTree, RuleReport]:
+        self,
+        problem: Problem,
+        x: PyTree,
+        y: PyTree,
+        tangent: tuple[Problem, PyTree],
+        settings: Settings,
+    ) -> PyTree:
         _, jacobian = problem.linearize(x, y)
-        solver = resolve_linear_solver(self.linear_solver, problem, rtol)
-        v, report = linear_solve(jacobian, problem.push_outer(x, y, tangent), solver)
-        return trees.negative(v), RuleReport(report, v)
+        solver = resolve_linear_solver(self.linear_solver, problem, settings)
+        rhs = trees.negative(problem.push_outer(x, y, tangent))
+        return transposable_solve(jacobian, rhs, solver, on_failure=settings.on_failure)
 
 
 def resolve_linear_solver(
-    solver: LinearSolver | None, problem: Problem, rtol: Any
+    solver: LinearSolver | None, problem: Problem, settings: Settings
 ) -> LinearSolver:
     """Return the solver, or the matrix-free default for what is declared of F_1."""
     if solver is None:
         solver = CG() if problem.structure is Structure.POSITIVE_DEFINITE else GMRES()
-    return solver.with_default_rtol(rtol)
+    return solver.with_default_rtol(settings.rtol)

@@ -12,7 +12,7 @@ from bilevax import _trees as trees
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
 from bilevax.linear import default_rtol
-from bilevax.rules._base import Rule
+from bilevax.rules._base import Rule, Settings
 from bilevax.rules._steps import CustomStep, Step
 
 PyTree = Any
@@ -71,10 +71,10 @@ class Preconditioned(Rule):
         self.rule.check(problem, x, y)
 
     def correct(
-        self, problem: Problem, x: PyTree, y: PyTree, rtol: Any
+        self, problem: Problem, x: PyTree, y: PyTree, settings: Settings
     ) -> tuple[PyTree, LinearReport | None]:
-        x, first = self.rule.correct(problem, x, y, rtol)
-        step, report = self.step.apply_inverse(problem, x, y, rtol)  # type: ignore[union-attr]
+        x, first = self.rule.correct(problem, x, y, settings)
+        step, report = self.step.apply_inverse(problem, x, y, settings)  # type: ignore[union-attr]
         return trees.add_scaled(x, -1, step), _merge(first, report)
 
     def pull(
@@ -84,19 +84,27 @@ class Preconditioned(Rule):
         y: PyTree,
         cotangent: PyTree,
         guess: PyTree | None,
-        rtol: Any,
+        settings: Settings,
     ) -> tuple[Problem, PyTree, RuleReport]:
-        return self.rule.pull(problem, x, y, cotangent, guess, self._tighten(rtol, x))
+        return self.rule.pull(problem, x, y, cotangent, guess, self._tighten(settings, x))
 
     def push(
-        self, problem: Problem, x: PyTree, y: PyTree, tangent: tuple[Problem, PyTree], rtol: Any
-    ) -> tuple[PyTree, RuleReport]:
-        return self.rule.push(problem, x, y, tangent, self._tighten(rtol, x))
+        self,
+        problem: Problem,
+        x: PyTree,
+        y: PyTree,
+        tangent: tuple[Problem, PyTree],
+        settings: Settings,
+    ) -> PyTree:
+        return self.rule.push(problem, x, y, tangent, self._tighten(settings, x))
 
-    def _tighten(self, rtol: Any, x: PyTree) -> Any:
+    def _tighten(self, settings: Settings, x: PyTree) -> Settings:
         # The corrected point is accurate to rtol^order, and the adjoint must not spoil that.
         order = self.step.order  # type: ignore[union-attr]
-        return None if rtol is None else jnp.maximum(rtol**order, default_rtol(x))
+        if settings.rtol is None:
+            return settings
+        rtol = jnp.maximum(settings.rtol**order, default_rtol(x))
+        return dataclasses.replace(settings, rtol=rtol)
 
 
 def _merge(first: LinearReport | None, second: LinearReport) -> LinearReport:

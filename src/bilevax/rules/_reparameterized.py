@@ -9,10 +9,11 @@ from jax.tree_util import register_dataclass
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
+from bilevax._failure import guard
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
 from bilevax._status import Status, code
-from bilevax.rules._base import Rule
+from bilevax.rules._base import Rule, Settings
 from bilevax.rules._changes import Change
 
 PyTree = Any
@@ -70,11 +71,11 @@ class Reparameterized(Rule):
         self.change.check(problem, x, y)
 
     def correct(
-        self, problem: Problem, x: PyTree, y: PyTree, rtol: Any
+        self, problem: Problem, x: PyTree, y: PyTree, settings: Settings
     ) -> tuple[PyTree, LinearReport | None]:
         z = self.change.invert(problem, x, y)
         phi = self.change.localise(problem, x)
-        corrected, report = self.rule.correct(problem.compose(phi), z, y, rtol)
+        corrected, report = self.rule.correct(problem.compose(phi), z, y, settings)
         # Without a correction x stays what it is, to the last bit.
         return (x, None) if report is None else (phi(corrected, y), report)
 
@@ -85,7 +86,7 @@ class Reparameterized(Rule):
         y: PyTree,
         cotangent: PyTree,
         guess: PyTree | None,
-        rtol: Any,
+        settings: Settings,
     ) -> tuple[Problem, PyTree, RuleReport]:
         z = self.change.invert(problem, x, y)
 
@@ -99,18 +100,25 @@ class Reparameterized(Rule):
         still = jax.tree.map(_zero_cotangent, problem_in_z)
         _, _, cotangent_z = pull_transform((cotangent, still))
         through_z, through_y, report = self.rule.pull(
-            problem_in_z, z, y, cotangent_z, guess, rtol
+            problem_in_z, z, y, cotangent_z, guess, settings
         )
         from_problem, from_y, _ = pull_transform((cotangent, through_z))
-        return (
-            from_problem,
-            trees.add_cotangents(from_y, through_y),
-            self._report(report, image, x),
-        )
+        cotangents = from_problem, trees.add_cotangents(from_y, through_y)
+        # A phi that does not invert phi_inverse at x makes every number here meaningless.
+        wrong, broken = _judge_inverse(image, x)
+        cotangents = guard(settings.on_failure, "change of variables", wrong, broken, cotangents)
+        solve = report.solve._replace(status=jnp.where(wrong, broken, report.solve.status))
+        entries = report.identity_entries + self.change.identity_entries(x)
+        return *cotangents, report._replace(solve=solve, identity_entries=entries)
 
     def push(
-        self, problem: Problem, x: PyTree, y: PyTree, tangent: tuple[Problem, PyTree], rtol: Any
-    ) -> tuple[PyTree, RuleReport]:
+        self,
+        problem: Problem,
+        x: PyTree,
+        y: PyTree,
+        tangent: tuple[Problem, PyTree],
+        settings: Settings,
+    ) -> PyTree:
         z = self.change.invert(problem, x, y)
         tangent_problem, tangent_y = tangent
 
@@ -121,21 +129,20 @@ class Reparameterized(Rule):
             return self.change.localise(problem, x)(z, y)
 
         problem_in_z, tangent_in_z = jax.jvp(compose, (problem,), (tangent_problem,))
-        tangent_z, report = self.rule.push(problem_in_z, z, y, (tangent_in_z, tangent_y), rtol)
+        tangent_z = self.rule.push(problem_in_z, z, y, (tangent_in_z, tangent_y), settings)
         image, tangent_x = jax.jvp(
             transform, (problem, y, z), (tangent_problem, tangent_y, tangent_z)
         )
-        return tangent_x, self._report(report, image, x)
+        wrong, broken = _judge_inverse(image, x)
+        return guard(settings.on_failure, "change of variables", wrong, broken, tangent_x)
 
-    def _report(self, report: RuleReport, image: PyTree, x: PyTree) -> RuleReport:
-        # A phi that does not invert phi_inverse at x makes every number here meaningless.
-        mismatch = trees.max_abs(trees.add_scaled(image, -1, x))
-        inverts = mismatch <= jnp.sqrt(trees.epsilon(x)) * trees.max_abs(x)
-        finite = jnp.isfinite(trees.max_abs(x))
-        broken = jnp.where(finite, code(Status.BREAKDOWN), code(Status.NONFINITE))
-        solve = report.solve._replace(status=jnp.where(inverts, report.solve.status, broken))
-        entries = report.identity_entries + self.change.identity_entries(x)
-        return report._replace(solve=solve, identity_entries=entries)
+
+def _judge_inverse(image: PyTree, x: PyTree) -> tuple[jax.Array, jax.Array]:
+    """Tell whether phi(phi_inverse(x, y), y) misses x, and the status that this deserves."""
+    mismatch = trees.max_abs(trees.add_scaled(image, -1, x))
+    wrong = ~(mismatch <= jnp.sqrt(trees.epsilon(x)) * trees.max_abs(x))
+    finite = jnp.isfinite(trees.max_abs(x))
+    return wrong, jnp.where(finite, code(Status.BREAKDOWN), code(Status.NONFINITE))
 
 
 def _zero_cotangent(leaf: jax.Array) -> Any:

@@ -16,6 +16,7 @@ from bilevax._problems import Problem
 from bilevax._results import LinearReport
 from bilevax._status import Status, code
 from bilevax.linear import LinearSolver, linear_solve
+from bilevax.rules._base import Settings
 from bilevax.rules._diagonals import Diagonal, as_diagonal
 from bilevax.rules._implicit import resolve_linear_solver
 
@@ -32,7 +33,7 @@ class Step(abc.ABC):
 
     @abc.abstractmethod
     def apply_inverse(
-        self, problem: Problem, x: PyTree, y: PyTree, rtol: Any
+        self, problem: Problem, x: PyTree, y: PyTree, settings: Settings
     ) -> tuple[PyTree, LinearReport]:
         """Return P(x, y)^{-1} F(x, y) and how well it solves F_1 s = F."""
 
@@ -66,10 +67,10 @@ class NewtonStep(Step):
             checks.is_component("linear_solver", self.linear_solver, LinearSolver, "CG()")
 
     def apply_inverse(
-        self, problem: Problem, x: PyTree, y: PyTree, rtol: Any
+        self, problem: Problem, x: PyTree, y: PyTree, settings: Settings
     ) -> tuple[PyTree, LinearReport]:
         optimality, jacobian = problem.linearize(x, y)
-        solver = resolve_linear_solver(self.linear_solver, problem, rtol)
+        solver = resolve_linear_solver(self.linear_solver, problem, settings)
         return linear_solve(jacobian, optimality, solver)
 
 
@@ -104,7 +105,7 @@ class JacobiStep(Step):
         object.__setattr__(self, "diagonal", as_diagonal(self.diagonal))
 
     def apply_inverse(
-        self, problem: Problem, x: PyTree, y: PyTree, rtol: Any
+        self, problem: Problem, x: PyTree, y: PyTree, settings: Settings
     ) -> tuple[PyTree, LinearReport]:
         optimality, jacobian = problem.linearize(x, y)
         diagonal = self.diagonal.evaluate(problem, x, y)  # type: ignore[union-attr]
@@ -133,7 +134,7 @@ class GradientStep(Step):
         checks.positive("step_size", self.step_size)
 
     def apply_inverse(
-        self, problem: Problem, x: PyTree, y: PyTree, rtol: Any
+        self, problem: Problem, x: PyTree, y: PyTree, settings: Settings
     ) -> tuple[PyTree, LinearReport]:
         optimality, jacobian = problem.linearize(x, y)
         return _single(jacobian, optimality, trees.scale(self.step_size, optimality))
@@ -163,7 +164,7 @@ class CustomStep(Step):
             object.__setattr__(self, "inverse", Partial(self.inverse))
 
     def apply_inverse(
-        self, problem: Problem, x: PyTree, y: PyTree, rtol: Any
+        self, problem: Problem, x: PyTree, y: PyTree, settings: Settings
     ) -> tuple[PyTree, LinearReport]:
         optimality, jacobian = problem.linearize(x, y)
         step = self.inverse(x, y, optimality)

@@ -71,9 +71,7 @@ class GradientDescent(base.Solver):
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
         if not isinstance(self.learning_rate, Backtracking):
-            x = trees.add_scaled(
-                iterate.x, -jnp.asarray(self.learning_rate), iterate.optimality
-            )
+            x = trees.add_scaled(iterate.x, -jnp.asarray(self.learning_rate), iterate.optimality)
             return base.Iterate(x, problem.optimality(x, y))
         state = iterate.state
         start = Point(iterate.x, state.value, iterate.optimality, trees.norm(iterate.optimality))
