@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.tree_util import Partial
 
@@ -47,7 +48,7 @@ def hoist(function: Partial, *arguments: PyTree) -> Partial:
 def make_explicit(function: Callable[..., PyTree], *arguments: PyTree) -> Partial:
     """Return an equal function as a `Partial` whose one argument is its closed-over tracers."""
     traced, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    is_tracer = [isinstance(constant, jax.core.Tracer) for constant in traced.consts]
+    is_tracer = [isinstance(constant, Tracer) for constant in traced.consts]
     concrete = [None if is_tracer[i] else c for i, c in enumerate(traced.consts)]
     output_structure = jax.tree.structure(shape)
 

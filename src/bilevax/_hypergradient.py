@@ -111,6 +111,7 @@ class Engine:
         checks.outer_variable(y)
         warm = WarmStart(*map(trees.as_arrays, warm))
         y = jax.tree.map(jnp.asarray, y)
+        self.rule.check_values(warm.x, y)
         checks.same_structure("warm.adjoint", warm.adjoint, warm.x, expected="warm.x")
         return _evaluate(
             self.outer, self.problem, self.solver, self.rule, y, warm, self.has_aux, self.on_failure

@@ -48,6 +48,7 @@ class SolutionMap:
         checks.outer_variable(y)
         x0 = trees.as_arrays(x0)
         y = jax.tree.map(jnp.asarray, y)
+        self.rule.check_values(x0, y)
         problem = dataclasses.replace(self.problem, function=hoist(self.problem.function, x0, y))
         settings = Settings(self.rtol, self.on_failure)
         solve = Partial(_solve, self.solve, self.rule, Settings(self.rtol, forward))

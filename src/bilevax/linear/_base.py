@@ -1,8 +1,8 @@
 """The linear layer: solve A v = b (or A^T v = b) and say how well.
 
-`linear_solve` reports on the solve and is differentiable; `transposable_solve` is linear in b for JAX,
-so that it can be transposed as well. Both normalise the right-hand side, prepare a solver once for A
-and A^T, and are differentiable to any order without a look inside the solver's loop.
+`linear_solve` reports on the solve and is differentiable; `transposable_solve` is linear in b for
+JAX, so that it can be transposed as well. Both normalise the right-hand side, prepare a solver once
+for A and A^T, and are differentiable to any order without a look inside the solver's loop.
 """
 
 import abc
@@ -190,7 +190,7 @@ def _solve(
 
 @_solve.defjvp
 def _solve_jvp(primals: Any, tangents: Any) -> Any:
-    system, _, b = primals
+    system, _, _ = primals
     tangent_system, _, tangent_b = tangents
     v, report = _solve(*primals)
     # A v = b, so A dv = db - dA v; the solver's own numbers do not matter at the solution.

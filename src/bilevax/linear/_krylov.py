@@ -184,7 +184,7 @@ class BiCGStab(base.LinearSolver):
             return trees.norm(trees.add_scaled(rhs, -1, operator.matvec(x)))
 
         first, first_norm = _first_iterate(rhs, guess, size, residual_norm)
-        target = base.tolerance(rhs, self.rtol, self.atol)
+        target: Any = base.tolerance(rhs, self.rtol, self.atol)
         x, _ = jax.scipy.sparse.linalg.bicgstab(
             operator.matvec,
             rhs,

@@ -14,7 +14,7 @@ from bilevax.linear import _base as base
 try:
     import lineax
 except ImportError:  # an extra: everything else works without it
-    lineax = None
+    lineax: Any = None
 
 PyTree = Any
 

@@ -40,14 +40,14 @@ class Rule(abc.ABC):
     """
 
     mode: Any
-    """"reverse" (a `custom_vjp`) or "forward" (a `custom_jvp`); wrappers have that of their rule."""
+    """"reverse" (a `custom_vjp`) or "forward" (a `custom_jvp`); a wrapper has that of its rule."""
 
     def refine(self, problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, LinearReport | None]:
         """Return the point at which this rule is evaluated, and the report of its correction.
 
         For `Implicit` that is x itself. For `Preconditioned` it is x - P^{-1} F(x, y).
         """
-        x = _checked(problem, x, y)
+        x = _checked(self, problem, x, y)
         return _refine(self, problem, x, y)
 
     def pullback(
@@ -77,7 +77,7 @@ class Rule(abc.ABC):
         Raises:
           TypeError: if the problem does not fit x, or the cotangent is not like x.
         """
-        x = _checked(problem, x, y)
+        x = _checked(self, problem, x, y)
         cotangent = trees.as_arrays(cotangent)
         checks.same_structure("cotangent", jax.eval_shape(lambda: cotangent), x)
         return _pullback(self, problem, x, y, cotangent, guess)
@@ -99,11 +99,14 @@ class Rule(abc.ABC):
         Raises:
           TypeError: if the problem does not fit x.
         """
-        x = _checked(problem, x, y)
+        x = _checked(self, problem, x, y)
         return _pushforward(self, problem, x, y, tangent)
 
     def check(self, problem: Problem, x: PyTree, y: PyTree) -> None:
         """Raise if a user's function does not fit the problem; costs nothing at run time."""
+
+    def check_values(self, x: PyTree, y: PyTree) -> None:
+        """Raise if a user's function is wrong at x and y, as far as their values are known."""
 
     def correct(
         self, problem: Problem, x: PyTree, y: PyTree, settings: Settings
@@ -135,11 +138,13 @@ class Rule(abc.ABC):
         """Return the tangent of x that belongs to a tangent of (problem, y)."""
 
 
-def _checked(problem: Problem, x: PyTree, y: PyTree) -> PyTree:
+def _checked(rule: Rule, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
     checks.is_component("problem", problem, Problem, "minimum(objective)")
     checks.outer_variable(y)
     checks.inner_variable(x)
-    return trees.as_arrays(x)
+    x = trees.as_arrays(x)
+    rule.check_values(x, y)
+    return x
 
 
 @jax.jit

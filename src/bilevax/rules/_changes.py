@@ -3,10 +3,11 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax.tree
 from jax.tree_util import Partial, register_dataclass
 
 from bilevax import _checks as checks
@@ -39,6 +40,9 @@ class Change(abc.ABC):
 
     def check(self, problem: Problem, x: PyTree, y: PyTree) -> None:
         """Raise if a user's functions do not fit x; costs nothing at run time."""
+
+    def check_values(self, x: PyTree, y: PyTree) -> None:
+        """Raise if phi does not invert phi_inverse at x, as far as values are known."""
 
 
 @register_dataclass
@@ -85,8 +89,8 @@ def _exponential(signs: PyTree, z: PyTree, y: PyTree) -> PyTree:
 class DiagonalChange(Change):
     """x = P(x_hat, y)^{-1} z with P = diag F_1 and x_hat the current point.
 
-    P is constant in x but not in y: dx/dy = P^{-1} dz/dy + d(P^{-1} z)/dy. With one y per entry of x
-    and v = F_1^{-1} g_1 that is g_2,k - v^T (F_2,k - P'_k P^{-1} F).
+    P is constant in x but not in y: dx/dy = P^{-1} dz/dy + d(P^{-1} z)/dy. With one y per entry of
+    x and v = F_1^{-1} g_1 that is g_2,k - v^T (F_2,k - P'_k P^{-1} F).
 
     Args:
       diagonal: `ExactDiagonal(...)` (None), `HutchinsonDiagonal(...)`, or a function
@@ -175,3 +179,25 @@ class ChangeOfVariables(Change):
                 f"got {checks.describe(z)}."
             )
         checks.same_structure("phi", jax.eval_shape(self.phi, z, y), x)
+
+    def check_values(self, x: PyTree, y: PyTree) -> None:
+        image = self.phi(self.phi_inverse(x, y), y)
+        checks.same_structure("phi", image, x)
+        mismatch = trees.max_abs(optax.tree.sub(image, x))
+        # A mismatch that is not finite is a start outside of the domain of phi_inverse.
+        wrong = jnp.isfinite(mismatch) & (mismatch > allowed_mismatch(x))
+        try:
+            wrong = bool(wrong)
+        except jax.errors.TracerBoolConversionError:
+            return
+        if wrong:
+            raise ValueError(
+                "`phi(phi_inverse(x, y), y)` must be `x`, but it is off by "
+                f"{float(mismatch):.3g}: `phi_inverse` does not invert `phi` there."
+            )
+
+
+def allowed_mismatch(x: PyTree) -> jax.Array:
+    """Return how far phi(phi_inverse(x, y), y) may be from x: sqrt(eps) relative to its size."""
+    size = trees.max_abs(x)
+    return trees.epsilon(x) ** 0.5 * jnp.where(size == 0, 1, size)

@@ -70,6 +70,9 @@ class Preconditioned(Rule):
     def check(self, problem: Problem, x: PyTree, y: PyTree) -> None:
         self.rule.check(problem, x, y)
 
+    def check_values(self, x: PyTree, y: PyTree) -> None:
+        self.rule.check_values(x, y)
+
     def correct(
         self, problem: Problem, x: PyTree, y: PyTree, settings: Settings
     ) -> tuple[PyTree, LinearReport | None]:

@@ -14,7 +14,7 @@ from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
 from bilevax._status import Status, code
 from bilevax.rules._base import Rule, Settings
-from bilevax.rules._changes import Change
+from bilevax.rules._changes import Change, allowed_mismatch
 
 PyTree = Any
 
@@ -27,8 +27,8 @@ class Reparameterized(Rule):
         dx*/dy = phi_1 dz/dy + phi_2,   dz/dy = -G_1^{-1} G_2   (for `Implicit`)
 
     where z = phi^{-1}(x, y) and G is the optimality map in z: d/dz f(phi(z, y), y) for a minimum,
-    F(phi(z, y), y) for a root or a fixed point. At x = x* all changes give the same derivative; at an
-    inexact x a change with phi_1 = B^T is implicit differentiation of the root function B F.
+    F(phi(z, y), y) for a root or a fixed point. At x = x* all changes give the same derivative; at
+    an inexact x a change with phi_1 = B^T is implicit differentiation of the root function B F.
 
     Away from the solution G_1 is symmetric for a minimum but need not be positive definite, so the
     default linear solver here is `GMRES()`; `Dense()` is the safe choice for small problems.
@@ -69,6 +69,9 @@ class Reparameterized(Rule):
 
     def check(self, problem: Problem, x: PyTree, y: PyTree) -> None:
         self.change.check(problem, x, y)
+
+    def check_values(self, x: PyTree, y: PyTree) -> None:
+        self.change.check_values(x, y)
 
     def correct(
         self, problem: Problem, x: PyTree, y: PyTree, settings: Settings
@@ -140,7 +143,7 @@ class Reparameterized(Rule):
 def _judge_inverse(image: PyTree, x: PyTree) -> tuple[jax.Array, jax.Array]:
     """Tell whether phi(phi_inverse(x, y), y) misses x, and the status that this deserves."""
     mismatch = trees.max_abs(trees.add_scaled(image, -1, x))
-    wrong = ~(mismatch <= jnp.sqrt(trees.epsilon(x)) * trees.max_abs(x))
+    wrong = ~(mismatch <= allowed_mismatch(x))
     finite = jnp.isfinite(trees.max_abs(x))
     return wrong, jnp.where(finite, code(Status.BREAKDOWN), code(Status.NONFINITE))
 

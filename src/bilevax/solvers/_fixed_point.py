@@ -20,7 +20,7 @@ PyTree = Any
 class _History(NamedTuple):
     moves: jax.Array  # (memory, dim): differences of successive iterates
     changes: jax.Array  # (memory, dim): differences of successive F
-    count: jax.Array
+    steps: jax.Array
 
 
 @register_dataclass
@@ -81,13 +81,13 @@ class FixedPointIteration(base.Solver):
         optimality = problem.optimality(x, y)
         if self.memory == 0:
             return base.Iterate(x, optimality)
-        moves, changes, count = iterate.state
-        slot = count % self.memory
+        moves, changes, steps = iterate.state
+        slot = steps % self.memory
         change = optax.tree.sub(optimality, iterate.optimality)
         history = _History(
             moves.at[slot].set(ravel_pytree(move)[0]),
             changes.at[slot].set(ravel_pytree(change)[0]),
-            count + 1,
+            steps + 1,
         )
         return base.Iterate(x, optimality, history)
 
