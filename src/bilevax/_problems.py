@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax.tree
-from jax.tree_util import Partial, register_dataclass
+from jax.tree_util import Partial
 
 from bilevax import _checks as checks
+from bilevax import _trees as trees
 from bilevax._operator import LinearOperator, Structure
 
 PyTree = Any
@@ -67,7 +68,7 @@ class Problem(abc.ABC):
         return jax.jvp(lambda problem, y: problem.optimality(x, y), (self, y), tangent)[1]
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Minimum(Problem):
     """x*(y) = argmin over x of f(x, y); F = grad_x f and F_1 is the Hessian."""
@@ -97,7 +98,7 @@ class Minimum(Problem):
         return pullback(jnp.ones_like(value))
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Root(Problem):
     """x*(y) solves F(x, y) = 0."""
@@ -110,7 +111,7 @@ class Root(Problem):
         checks.same_structure("residual", jax.eval_shape(self.function, x, y), x)
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class FixedPoint(Problem):
     """x*(y) = T(x*(y), y); F = x - T(x, y) and F_1 = I - T_1."""

@@ -4,13 +4,44 @@ Vectors of this package are pytrees of real floating arrays. Whatever `optax.tre
 (`vdot`, `norm`, `sub`, `zeros_like`, ...) is used directly; this module adds what is missing.
 """
 
-from typing import Any
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax.tree
 
 PyTree = Any
+_Class = TypeVar("_Class", bound=type)
+
+
+def register(cls: _Class) -> _Class:
+    """Make a frozen dataclass a pytree; fields with `metadata={"static": True}` are no leaves.
+
+    Used in place of `jax.tree_util.register_dataclass`: tree structures made by that (in JAX 0.10)
+    compare equal for two classes with equal fields, whereupon a compiled function can mistake one
+    for the other.
+    """
+    fields = dataclasses.fields(cls)
+    static = [field.name for field in fields if field.metadata.get("static", False)]
+    names = [field.name for field in fields if field.name not in static]
+    keys = [jax.tree_util.GetAttrKey(name) for name in names]
+
+    def flatten(node: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        children = [getattr(node, name) for name in names]
+        return children, tuple(getattr(node, name) for name in static)
+
+    def flatten_with_keys(node: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        children, values = flatten(node)
+        return list(zip(keys, children, strict=True)), values
+
+    def unflatten(values: tuple[Any, ...], children: Iterable[Any]) -> Any:
+        entries = zip([*names, *static], [*children, *values], strict=True)
+        return cls(**dict(entries))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
 
 
 def dtype(tree: PyTree) -> jnp.dtype:

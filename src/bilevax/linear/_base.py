@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jax.tree_util import Partial, register_dataclass
+from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -121,7 +121,7 @@ def transposable_solve(
     return unravel(_solve_transposably(system, b))
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class _System:
     """A linear system on flat vectors, as a pytree of all that it depends on."""

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax.tree
-from jax.tree_util import register_dataclass
 
 from bilevax import _trees as trees
 from bilevax._operator import LinearOperator
@@ -35,7 +34,7 @@ class _State(NamedTuple):
     products: jax.Array
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class CG(base.LinearSolver):
     """Conjugate gradients for a symmetric positive definite system A v = b.

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
-from jax.tree_util import register_dataclass
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -27,7 +26,7 @@ class _LU(NamedTuple):
     pivots: jax.Array
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Dense(base.LinearSolver):
     """A direct solve: materialise A by batched products, factor it once, solve.

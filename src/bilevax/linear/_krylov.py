@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.sparse.linalg
 import optax.tree
-from jax.tree_util import register_dataclass
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -20,7 +19,7 @@ from bilevax.linear import _base as base
 PyTree = Any
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class GMRES(base.LinearSolver):
     """Restarted GMRES for any system A v = b.
@@ -127,7 +126,7 @@ class GMRES(base.LinearSolver):
         return _rescale(x, size), LinearReport(status, cycles, products, relative)
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class BiCGStab(base.LinearSolver):
     """BiCGStab for any system A v = b: short recurrences, no structure needed.

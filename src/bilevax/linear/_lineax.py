@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
+from bilevax import _trees as trees
 from bilevax._operator import LinearOperator
 from bilevax._results import LinearReport
 from bilevax.linear import _base as base
@@ -19,7 +19,7 @@ except ImportError:  # an extra: everything else works without it
 PyTree = Any
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class LineaxSolver(base.LinearSolver):
     """Any solver of Lineax, with the status measured afterwards by one product.

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax.tree
-from jax.tree_util import register_dataclass
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -18,7 +17,7 @@ from bilevax.linear import _base as base
 PyTree = Any
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Neumann(base.LinearSolver):
     """A fixed number of terms of the Neumann series for A v = b.

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax.tree
-from jax.tree_util import register_dataclass
 
 from bilevax import _trees as trees
 from bilevax._operator import LinearOperator
@@ -27,7 +26,7 @@ class _State(NamedTuple):
     iterations: jax.Array
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class NormalCG(base.LinearSolver):
     """Conjugate gradients on A^T A v = A^T b, for any A.

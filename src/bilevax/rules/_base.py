@@ -5,7 +5,6 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.tree_util import register_dataclass
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -16,7 +15,7 @@ from bilevax._results import LinearReport, RuleReport
 PyTree = Any
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What a solution map or an engine tells the linear solves inside a rule.

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax.tree
-from jax.tree_util import Partial, register_dataclass
+from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -45,7 +45,7 @@ class Change(abc.ABC):
         """Raise if phi does not invert phi_inverse at x, as far as values are known."""
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class ExpChange(Change):
     """x = sign(x_hat) exp(z), entry by entry, with x_hat the current point.
@@ -84,7 +84,7 @@ def _exponential(signs: PyTree, z: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(entries, signs, z)
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class DiagonalChange(Change):
     """x = P(x_hat, y)^{-1} z with P = diag F_1 and x_hat the current point.
@@ -129,7 +129,7 @@ def _divide_by_diagonal(
     return jax.tree.map(jnp.divide, z, diagonal.evaluate(problem, x, y))
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class ChangeOfVariables(Change):
     """Any smooth bijection x = phi(z, y), on pytrees.

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jax.tree_util import Partial, register_dataclass
+from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -24,7 +24,7 @@ class Diagonal(abc.ABC):
         """Return diag F_1(x, y) as a pytree like x."""
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class ExactDiagonal(Diagonal):
     """The exact diagonal of F_1, by dim(x) Jacobian-vector products.
@@ -59,7 +59,7 @@ class ExactDiagonal(Diagonal):
         return unravel(jax.lax.map(entry, jnp.arange(flat.size), batch_size=batch_size))
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class HutchinsonDiagonal(Diagonal):
     """An unbiased estimate of the diagonal of F_1 from random signs.
@@ -99,7 +99,7 @@ class HutchinsonDiagonal(Diagonal):
         return unravel(jnp.mean(jax.lax.map(probe, keys), axis=0))
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class UserDiagonal(Diagonal):
     """A diagonal that the user computes: (x, y) -> a pytree like x."""

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -18,7 +17,7 @@ from bilevax.rules._steps import CustomStep, Step
 PyTree = Any
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Preconditioned(Rule):
     """A rule evaluated at the corrected point x - P(x, y)^{-1} F(x, y).

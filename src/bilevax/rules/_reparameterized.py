@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -19,7 +18,7 @@ from bilevax.rules._changes import Change, allowed_mismatch
 PyTree = Any
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Reparameterized(Rule):
     """A rule applied in the variable z of a change x = phi(z, y).

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial, register_dataclass
+from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -38,7 +38,7 @@ class Step(abc.ABC):
         """Return P(x, y)^{-1} F(x, y) and how well it solves F_1 s = F."""
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class NewtonStep(Step):
     """P = F_1(x, y): one Newton step. What is left of ||x - x*|| is its square.
@@ -74,7 +74,7 @@ class NewtonStep(Step):
         return linear_solve(jacobian, optimality, solver)
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class JacobiStep(Step):
     """P = diag F_1(x, y): cheap, and first order still.
@@ -112,7 +112,7 @@ class JacobiStep(Step):
         return _single(jacobian, optimality, jax.tree.map(jnp.divide, optimality, diagonal))
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class GradientStep(Step):
     """P^{-1} = step_size * I: one more gradient (or damped Picard) step.
@@ -140,7 +140,7 @@ class GradientStep(Step):
         return _single(jacobian, optimality, trees.scale(self.step_size, optimality))
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class CustomStep(Step):
     """Any P^{-1} of the user's.

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -22,7 +21,7 @@ class _State(NamedTuple):
     step_size: jax.Array
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class ConjugateGradient(base.Solver):
     """Nonlinear conjugate gradients (Polak-Ribiere+) with the exact step of the local quadratic.

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax.tree
 from jax.flatten_util import ravel_pytree
-from jax.tree_util import register_dataclass
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -23,7 +22,7 @@ class _History(NamedTuple):
     steps: jax.Array
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class FixedPointIteration(base.Solver):
     """Fixed-point iteration: x <- x - damping * F(x, y), where F = x - T(x, y).
@@ -93,10 +92,15 @@ class FixedPointIteration(base.Solver):
 
     def _accelerate(self, move: PyTree, iterate: base.Iterate) -> PyTree:
         # gamma minimises ||F - changes^T gamma||; the move is then that of the combined iterate,
-        # -damping F - (moves - damping changes)^T gamma. Unused rows are zero and get weight zero
-        # from the minimum-norm solution.
+        # -damping F - (moves - damping changes)^T gamma. The rows of changes are scaled to length
+        # one, so that a ridge of the size of rounding keeps the small system regular, and rows
+        # that are not in use yet (zero) get weight zero.
         moves, changes, _ = iterate.state
         flat, unravel = ravel_pytree(iterate.optimality)
-        gamma = jnp.linalg.lstsq(changes.T, flat)[0]
+        lengths = jnp.linalg.norm(changes, axis=1)
+        lengths = jnp.where(lengths > 0, lengths, 1)
+        rows = changes / lengths[:, None]
+        ridge = 10 * jnp.finfo(flat.dtype).eps * jnp.eye(self.memory, dtype=flat.dtype)
+        gamma = jnp.linalg.solve(rows @ rows.T + ridge, rows @ flat) / lengths
         correction = (moves - jnp.asarray(self.damping, flat.dtype) * changes).T @ gamma
         return trees.add_scaled(move, -1, unravel(correction))

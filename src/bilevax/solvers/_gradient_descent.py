@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -21,7 +20,7 @@ class _SearchState(NamedTuple):
     step_size: jax.Array
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class GradientDescent(base.Solver):
     """Gradient descent: x <- x - learning_rate * F(x, y).
@@ -87,7 +86,7 @@ class _Momentum(NamedTuple):
     weight: jax.Array  # Nesterov's t
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class AcceleratedGradient(base.Solver):
     """Nesterov's accelerated gradient with adaptive restart.

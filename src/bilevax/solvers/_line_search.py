@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -14,7 +13,7 @@ from bilevax._problems import Minimum, Problem
 PyTree = Any
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Backtracking:
     """Shrink a step until it brings enough: f(x + t d) <= f(x) + decrease * t <F, d>.
@@ -91,10 +90,12 @@ def backtrack(
     def accepts(point: Point, step_size: jax.Array) -> jax.Array:
         if not isinstance(problem, Minimum):
             return point.norm <= (1 - options.decrease * step_size) * start.norm
-        enough = point.value <= start.value + options.decrease * step_size * slope
+        # Where the first-order change of f is itself below rounding, its values tell nothing.
         rounding = 4 * epsilon * jnp.abs(start.value)
+        told = jnp.isfinite(point.norm) & (step_size * slope < -rounding)
+        enough = point.value <= start.value + options.decrease * step_size * slope
         level = (point.value <= start.value + rounding) & (point.norm < start.norm)
-        return (enough & (slope < 0) & jnp.isfinite(point.norm)) | level
+        return (told & enough) | level
 
     def search(state: tuple[jax.Array, Trial]) -> tuple[jax.Array, Trial]:
         trials, trial = state

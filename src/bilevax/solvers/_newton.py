@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -23,7 +22,7 @@ class _State(NamedTuple):
     initial_norm: jax.Array
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Newton(base.Solver):
     """Newton's method with a line search: x <- x - t F_1(x, y)^{-1} F(x, y).

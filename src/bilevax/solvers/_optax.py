@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 import optax.tree
-from jax.tree_util import Partial, register_dataclass
+from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -21,7 +21,7 @@ class _State(NamedTuple):
     value: jax.Array | None
 
 
-@register_dataclass
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Optax(base.Solver):
     """Any `optax.GradientTransformation`, fed with F(x, y) as the gradient.
