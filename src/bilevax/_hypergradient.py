@@ -1,6 +1,7 @@
 """Value, hypergradient, warm start and report in one pure function."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -114,7 +115,14 @@ class Engine:
         self.rule.check_values(warm.x, y)
         checks.same_structure("warm.adjoint", warm.adjoint, warm.x, expected="warm.x")
         return _evaluate(
-            self.outer, self.problem, self.solver, self.rule, y, warm, self.has_aux, self.on_failure
+            self.outer,
+            self.problem,
+            self.solver,
+            self.rule,
+            y,
+            warm,
+            has_aux=self.has_aux,
+            on_failure=self.on_failure,
         )
 
 
@@ -172,7 +180,8 @@ def value_and_hypergradient(
     return Engine(function, problem, solver, rule, has_aux, on_failure)
 
 
-def _evaluate_untraced(
+@functools.partial(jax.jit, static_argnames=("has_aux", "on_failure"))
+def _evaluate(
     outer: Partial,
     problem: Problem,
     solver: Solver,
@@ -205,6 +214,3 @@ def _evaluate_untraced(
         x, value, gradient = guard(on_failure, what, failed, status, (x, value, gradient))
     following = WarmStart(x, rule_report.adjoint)
     return Hypergradient(value, gradient, x, following, report, aux[0] if aux else None)
-
-
-_evaluate = jax.jit(_evaluate_untraced, static_argnums=(6, 7))

@@ -31,7 +31,7 @@ class LinearSolver(abc.ABC):
 
     A subclass is a frozen dataclass with a field `damping` (the system solved is then
     A + damping * I; None for none). Subclasses with a field `rtol` that is None take the
-    tolerance that the caller suggests.
+    tolerance that the caller suggests. A field `atol`, in the unit of b, is rescaled with b.
     """
 
     damping: Any
@@ -168,7 +168,10 @@ class _System:
         size = trees.max_abs(b)
         finite = jnp.isfinite(size)
         unit = jnp.where(finite & (size > 0), size, 1)
-        v, report = self.solver.solve(
+        solver: Any = self.solver
+        if hasattr(solver, "atol"):
+            solver = dataclasses.replace(solver, atol=solver.atol / unit)
+        v, report = solver.solve(
             LinearOperator(matvec, self.structure, b),
             b / unit,
             guess=None if guess is None else guess / unit,
@@ -229,10 +232,14 @@ def measure(
 
 
 def tolerance(rhs: PyTree, rtol: Any, atol: Any) -> jax.Array:
-    """Return the largest residual norm that is accepted: max(rtol ||b||, atol)."""
+    """Return the largest residual norm that is accepted: max(rtol ||b||, atol).
+
+    It stays below ||b||, the residual of zero: that is never accepted as a solution.
+    """
     size = trees.norm(rhs)
     rtol = default_rtol(rhs) if rtol is None else rtol
-    return jnp.maximum(jnp.asarray(rtol, size.dtype) * size, jnp.asarray(atol, size.dtype))
+    largest = jnp.maximum(jnp.asarray(rtol, size.dtype) * size, jnp.asarray(atol, size.dtype))
+    return jnp.minimum(largest, 0.5 * size)
 
 
 def default_rtol(tree: PyTree) -> float:

@@ -26,7 +26,8 @@ class _State(NamedTuple):
     best: PyTree  # the iterate of smallest residual
     best_norm: jax.Array  # infinite until there is an iterate
     verified_norm: jax.Array  # ||b - A x|| when it was last measured
-    largest_curvature: jax.Array  # max over steps of <p, A p> / <r, M r>, at most ||M A||
+    size: jax.Array  # <p, M^{-1} p>, by recurrence
+    largest: jax.Array  # max over steps of <p, A p> / <p, M^{-1} p>, at most ||M A||
     verify: jax.Array  # the next product measures b - A x instead of taking a step
     pending: jax.Array  # the status to report after that, if the tolerance is not met
     status: jax.Array
@@ -115,7 +116,8 @@ class CG(base.LinearSolver):
             norm = trees.norm(r)
 
             # An iterate worse than zero is of no use as a start: begin again from zero.
-            worse = state.verify & ~(norm <= rhs_norm) & (state.pending == _RUNNING)
+            worse = state.verify & ~(norm <= rhs_norm)
+            worse = worse & ((state.pending == _RUNNING) | is_guess(state))
             r, x = trees.where(worse, rhs, r), trees.where(worse, optax.tree.zeros_like(x), x)
 
             z = apply_preconditioner(r)
@@ -124,7 +126,8 @@ class CG(base.LinearSolver):
             p = trees.add_scaled(z, beta, trees.where(state.verify, z, state.p))
 
             stepped = ~state.verify
-            good = stepped & (curvature > 0) & jnp.isfinite(norm) & (rz >= 0)
+            rounding = trees.epsilon(rhs) * state.largest * state.size
+            good = stepped & (curvature > 0.5 * rounding) & jnp.isfinite(norm) & (rz >= 0)
             better = good & (norm < state.best_norm)
             # A verification makes the norm of the iterate true, where there is one to verify.
             verified = state.verify & ~worse & (jnp.isfinite(state.best_norm) | is_guess(state))
@@ -134,13 +137,11 @@ class CG(base.LinearSolver):
             iterations = state.iterations + good.astype(jnp.int32)
 
             # After a step: carry on, or verify the iterate that is to be returned.
-            small = jnp.abs(curvature) <= (
-                8 * trees.epsilon(rhs) * state.largest_curvature * trees.inner(state.p, state.p)
-            )
+            small = jnp.abs(curvature) <= 8 * rounding
             failed = jnp.where(small, code(Status.BREAKDOWN), code(Status.INDEFINITE))
             failed = jnp.where(rz < 0, code(Status.BREAKDOWN), failed)
             failed = jnp.where(
-                jnp.isfinite(curvature) & (jnp.isfinite(norm + rz) | (curvature == 0)),
+                jnp.isfinite(curvature) & (jnp.isfinite(norm + rz) | small),
                 failed,
                 code(Status.NONFINITE),
             )
@@ -171,8 +172,9 @@ class CG(base.LinearSolver):
                 best=best,
                 best_norm=best_norm,
                 verified_norm=jnp.where(state.verify, norm, state.verified_norm),
-                largest_curvature=jnp.where(
-                    good, jnp.maximum(state.largest_curvature, 1 / alpha), state.largest_curvature
+                size=jnp.where(state.verify, rz, rz + beta**2 * state.size),
+                largest=jnp.where(
+                    good, jnp.maximum(state.largest, curvature / state.size), state.largest
                 ),
                 verify=verify_next,
                 pending=pending,
@@ -195,7 +197,8 @@ class CG(base.LinearSolver):
             best=optax.tree.zeros_like(rhs),
             best_norm=infinity,
             verified_norm=infinity,
-            largest_curvature=jnp.zeros_like(rhs_norm),
+            size=trees.inner(rhs, z),
+            largest=jnp.zeros_like(rhs_norm),
             verify=jnp.asarray(guess is not None),
             pending=no_steps,
             status=at_rest,

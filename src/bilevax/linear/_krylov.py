@@ -40,7 +40,7 @@ class GMRES(base.LinearSolver):
     Returned status:
       CONVERGED (also where it stalls below sqrt(eps)); MAXITER; TRUNCATED (both tolerances zero);
       BREAKDOWN where a whole cycle brings nothing, as on a singular system; NONFINITE.
-      `iterations` counts cycles.
+      `iterations` counts cycles, `products` takes each of them for complete.
 
     Example:
       >>> import jax.numpy as jnp
@@ -120,7 +120,7 @@ class GMRES(base.LinearSolver):
         floor = (norm <= target) | (stuck & (relative <= base.attainable(rhs)))
         status = jnp.where(floor, code(Status.CONVERGED), status)
         status = jnp.where(jnp.isfinite(size), status, code(Status.NONFINITE))
-        products = 1 + (guess is not None) + cycles * (restart + 2)
+        products = 1 + (guess is not None) + cycles * (restart + 3)
         empty = ~(relative < 1) & (rhs_norm > 0)  # nothing better than zero: no solution at all
         x = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), x)
         return _rescale(x, size), LinearReport(status, cycles, products, relative)
