@@ -69,18 +69,21 @@ def scalar_output(name: str, output: PyTree) -> None:
         raise TypeError(f"`{name}` must return a real floating scalar, got {describe(output)}.")
 
 
-def same_structure(name: str, output: PyTree, x: PyTree, *, expected: str = "x") -> None:
-    """Raise unless an abstract output has the structure, shapes and dtypes of x."""
+def same_structure(
+    name: str, output: PyTree, x: PyTree, *, expected: str = "x", argument: bool = False
+) -> None:
+    """Raise unless an abstract output (or an argument) has the structure, shapes, dtypes of x."""
+    pytree, leaves = ("be a pytree", "have") if argument else ("return a pytree", "return")
     if jax.tree.structure(output) != jax.tree.structure(x):
         raise TypeError(
-            f"`{name}` must return a pytree like `{expected}`, {jax.tree.structure(x)}; "
+            f"`{name}` must {pytree} like `{expected}`, {jax.tree.structure(x)}; "
             f"got {jax.tree.structure(output)}."
         )
     expected_leaves = jax.tree_util.tree_leaves_with_path(x)
     for (path, want), got in zip(expected_leaves, jax.tree.leaves(output), strict=True):
         if got.shape != jnp.shape(want) or got.dtype != jnp.result_type(want):
             raise TypeError(
-                f"`{name}` must return shapes and dtypes like `{expected}`: "
+                f"`{name}` must {leaves} shapes and dtypes like `{expected}`: "
                 f"`{expected}{jax.tree_util.keystr(path)}` is {describe(want)}, "
                 f"got {describe(got)}."
             )

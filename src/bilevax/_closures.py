@@ -4,7 +4,6 @@ A `custom_vjp` function may not depend on tracers it closes over: gradients woul
 `hoist` turns such a function into a `Partial` that carries them as leaves.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,11 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.tree_util import Partial
 
 PyTree = Any
+
+# Signatures of functions without closed-over tracers. Those with tracers are not remembered, for
+# that would keep the tracers alive.
+_CLOSES_OVER_NOTHING: set[tuple[Any, tuple[Any, ...]]] = set()
+_CAPACITY = 512
 
 
 def hoist(function: Partial, *arguments: PyTree) -> Partial:
@@ -28,8 +32,8 @@ def hoist(function: Partial, *arguments: PyTree) -> Partial:
       arguments: pytrees that give structure, shapes and dtypes; their values do not matter.
     """
     leaves, structure = jax.tree.flatten((function, arguments))
-    memory = _memory(structure, tuple(jax.typeof(leaf) for leaf in leaves))
-    if memory.closes_over_nothing:
+    signature = (structure, tuple(jax.typeof(leaf) for leaf in leaves))
+    if signature in _CLOSES_OVER_NOTHING:
         return function
     # The tracers among the leaves of the function are explicit already.
     flat, function_structure = jax.tree.flatten(function)
@@ -40,7 +44,9 @@ def hoist(function: Partial, *arguments: PyTree) -> Partial:
     )
     captured = explicit.args[0]
     if not captured:
-        memory.closes_over_nothing = True
+        if len(_CLOSES_OVER_NOTHING) >= _CAPACITY:
+            _CLOSES_OVER_NOTHING.clear()
+        _CLOSES_OVER_NOTHING.add(signature)
         return function
     return Partial(explicit.func, captured, flat)
 
@@ -48,30 +54,23 @@ def hoist(function: Partial, *arguments: PyTree) -> Partial:
 def make_explicit(function: Callable[..., PyTree], *arguments: PyTree) -> Partial:
     """Return an equal function as a `Partial` whose one argument is its closed-over tracers."""
     traced, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    is_tracer = [isinstance(constant, Tracer) for constant in traced.consts]
-    concrete = [None if is_tracer[i] else c for i, c in enumerate(traced.consts)]
+    jaxpr, constants = traced.jaxpr, traced.consts
+    is_tracer = [isinstance(constant, Tracer) for constant in constants]
+    concrete = [None if is_tracer[i] else c for i, c in enumerate(constants)]
+    captured = [c for i, c in enumerate(constants) if is_tracer[i]]
     output_structure = jax.tree.structure(shape)
 
+    # What is compiled for this function keeps it alive, so it must not hold on to the tracers.
     def explicit(captured: list[jax.Array], *arguments: PyTree) -> PyTree:
         values = iter(captured)
         constants = [next(values) if is_tracer[i] else c for i, c in enumerate(concrete)]
-        evaluate = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, constants))
+        evaluate = jaxpr_as_fun(ClosedJaxpr(jaxpr, constants))
         return jax.tree.unflatten(output_structure, evaluate(*jax.tree.leaves(arguments)))
 
-    return Partial(explicit, [c for i, c in enumerate(traced.consts) if is_tracer[i]])
+    return Partial(explicit, captured)
 
 
 def has_functions(tree: PyTree) -> bool:
     """Tell whether a pytree holds functions of the user's, which might close over tracers."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Partial))
     return any(isinstance(leaf, Partial) for leaf in leaves)
-
-
-class _Memory:
-    closes_over_nothing = False
-
-
-@functools.lru_cache(maxsize=512)
-def _memory(structure: Any, types: tuple[Any, ...]) -> _Memory:
-    """Return what is remembered of a function and its signature."""
-    return _Memory()

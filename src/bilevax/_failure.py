@@ -35,7 +35,11 @@ class OnFailure(enum.Enum):
 
 
 class SolveError(RuntimeError):
-    """A solve failed and `OnFailure.RAISE` was chosen."""
+    """A solve failed and `OnFailure.RAISE` was chosen.
+
+    It is raised on the host while a compiled program runs, so JAX hands it on as a
+    `jax.errors.JaxRuntimeError` that quotes it: that, or `RuntimeError`, is what to catch.
+    """
 
 
 def guard(policy: OnFailure, what: str, failed: jax.Array, status: jax.Array, value: PyTree) -> Any:

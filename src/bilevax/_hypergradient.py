@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax.tree
+from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
@@ -28,7 +29,8 @@ class WarmStart(NamedTuple):
 
     Attributes:
       x: the inner variable.
-      adjoint: v of the adjoint system, a pytree like x (in z for a `Reparameterized` rule).
+      adjoint: v of the adjoint system, a pytree like x (for a `Reparameterized` rule the entries
+        are those of its z).
     """
 
     x: PyTree
@@ -113,7 +115,9 @@ class Engine:
         warm = WarmStart(*map(trees.as_arrays, warm))
         y = jax.tree.map(jnp.asarray, y)
         self.rule.check_values(warm.x, y)
-        checks.same_structure("warm.adjoint", warm.adjoint, warm.x, expected="warm.x")
+        checks.same_structure(
+            "warm.adjoint", warm.adjoint, warm.x, expected="warm.x", argument=True
+        )
         return _evaluate(
             self.outer,
             self.problem,
@@ -199,6 +203,11 @@ def _evaluate(
     inner = inner._replace(correction=correction)
 
     shape = jax.eval_shape(outer, x, y)
+    if has_aux and not (isinstance(shape, tuple | list) and len(shape) == 2):
+        raise TypeError(
+            "`outer` must return a pair (value, aux) with `has_aux=True`, "
+            f"got {checks.describe(shape)}."
+        )
     checks.scalar_output("outer", shape[0] if has_aux else shape)
     value, pull_outer, *aux = jax.vjp(outer, x, y, has_aux=has_aux)
     cotangent_x, explicit = pull_outer(jnp.ones_like(value))
@@ -212,5 +221,8 @@ def _evaluate(
     for what, status in statuses.items():
         failed = is_failure(status)
         x, value, gradient = guard(on_failure, what, failed, status, (x, value, gradient))
-    following = WarmStart(x, rule_report.adjoint)
+    # The adjoint of a `Reparameterized` rule is like z; a carry of `scan` must stay like x.
+    flat, unravel = ravel_pytree(x)
+    adjoint = unravel(ravel_pytree(rule_report.adjoint)[0].astype(flat.dtype))
+    following = WarmStart(x, adjoint)
     return Hypergradient(value, gradient, x, following, report, aux[0] if aux else None)

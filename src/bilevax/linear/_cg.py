@@ -15,7 +15,14 @@ from bilevax._status import Status, code
 from bilevax.linear import _base as base
 
 PyTree = Any
-_RUNNING = -1
+# What the next product is for. Below -2 stand the checks after which a status is final.
+_STEP = -1  # a step
+_CHECK = -2  # the true residual of the best iterate; if it is too large, steps follow
+
+
+def _last_check(status: Any) -> Any:
+    """Return the phase in which the check before `status` is made, and the status for a phase."""
+    return -3 - status
 
 
 class _State(NamedTuple):
@@ -23,14 +30,12 @@ class _State(NamedTuple):
     r: PyTree  # b - A x, by recurrence
     p: PyTree  # search direction
     rz: jax.Array  # <r, M r>
-    best: PyTree  # the iterate of smallest residual
-    best_norm: jax.Array  # infinite until there is an iterate
-    verified_norm: jax.Array  # ||b - A x|| when it was last measured
     size: jax.Array  # <p, M^{-1} p>, by recurrence
     largest: jax.Array  # max over steps of <p, A p> / <p, M^{-1} p>, at most ||M A||
-    verify: jax.Array  # the next product measures b - A x instead of taking a step
-    pending: jax.Array  # the status to report after that, if the tolerance is not met
-    status: jax.Array
+    best: PyTree  # the iterate of smallest residual
+    best_norm: jax.Array  # infinite until there is an iterate
+    checked_norm: jax.Array  # ||b - A x|| when it was last measured, else infinite
+    phase: jax.Array  # what the next product is for, or the final status
     iterations: jax.Array
     products: jax.Array
 
@@ -99,117 +104,103 @@ class CG(base.LinearSolver):
         target = base.tolerance(rhs, self.rtol, self.atol)
         rhs_norm = trees.norm(rhs)
         out_of_steps = jnp.where(target > 0, code(Status.MAXITER), code(Status.TRUNCATED))
-        infinity = jnp.full_like(rhs_norm, jnp.inf)
-
-        def is_guess(state: _State) -> jax.Array:
-            return (state.products == 0) & (guess is not None)
+        infinity, zero = jnp.full_like(rhs_norm, jnp.inf), optax.tree.zeros_like(rhs)
 
         def step(state: _State) -> _State:
             # One product a pass, so that the operator is compiled once: with p to take a step, or
-            # with x to measure the residual.
-            image = operator.matvec(trees.where(state.verify, state.x, state.p))
+            # with the best iterate to measure its residual. Where steps follow a check, x is that
+            # iterate, for a check is due as soon as its residual is below the tolerance.
+            check = state.phase != _STEP
+            image = operator.matvec(trees.where(check, state.best, state.p))
             curvature = trees.inner(state.p, image)
-            alpha = state.rz / curvature
-            measured = trees.add_scaled(rhs, -1, image)
-            r = trees.where(state.verify, measured, trees.add_scaled(state.r, -alpha, image))
-            x = trees.where(state.verify, state.x, trees.add_scaled(state.x, alpha, state.p))
-            norm = trees.norm(r)
-
-            # An iterate worse than zero is of no use as a start: begin again from zero.
-            worse = state.verify & ~(norm <= rhs_norm)
-            worse = worse & ((state.pending == _RUNNING) | is_guess(state))
-            r, x = trees.where(worse, rhs, r), trees.where(worse, optax.tree.zeros_like(x), x)
-
+            alpha = jnp.where(check, 0, state.rz / curvature)
+            x = trees.add_scaled(state.x, alpha, state.p)
+            r = trees.where(check, rhs, state.r)
+            r = trees.add_scaled(r, -jnp.where(check, 1, alpha), image)
+            norm, best = trees.norm(r), state.best
+            if guess is not None:
+                # A guess worse than zero is of no use as a start: begin again from zero.
+                worse = (state.products == 0) & ~(norm <= rhs_norm)
+                x, r, best = trees.where(worse, (zero, rhs, zero), (x, r, best))
+                norm = jnp.where(worse, infinity, norm)
             z = apply_preconditioner(r)
             rz = trees.inner(r, z)
-            beta = jnp.where(state.verify, 0, rz / state.rz)
-            p = trees.add_scaled(z, beta, trees.where(state.verify, z, state.p))
+            beta = jnp.where(check, 0, rz / state.rz)
 
-            stepped = ~state.verify
             rounding = trees.epsilon(rhs) * state.largest * state.size
-            good = stepped & (curvature > 0.5 * rounding) & jnp.isfinite(norm) & (rz >= 0)
+            good = ~check & (curvature > 0.5 * rounding) & jnp.isfinite(norm) & (rz >= 0)
             better = good & (norm < state.best_norm)
-            # A verification makes the norm of the iterate true, where there is one to verify.
-            verified = state.verify & ~worse & (jnp.isfinite(state.best_norm) | is_guess(state))
-            best = trees.where(better | verified, x, state.best)
-            best_norm = jnp.where(better | verified, norm, state.best_norm)
-            best_norm = jnp.where(worse, infinity, best_norm)
+            checked = check & jnp.isfinite(state.best_norm)
             iterations = state.iterations + good.astype(jnp.int32)
 
-            # After a step: carry on, or verify the iterate that is to be returned.
+            # After a step: carry on, or check the iterate that is to be returned.
             small = jnp.abs(curvature) <= 8 * rounding
-            failed = jnp.where(small, code(Status.BREAKDOWN), code(Status.INDEFINITE))
-            failed = jnp.where(rz < 0, code(Status.BREAKDOWN), failed)
+            failed = jnp.where(small | (rz < 0), code(Status.BREAKDOWN), code(Status.INDEFINITE))
             failed = jnp.where(
                 jnp.isfinite(curvature) & (jnp.isfinite(norm + rz) | small),
                 failed,
                 code(Status.NONFINITE),
             )
-            reached = good & (norm <= target)
-            pending = jnp.where(iterations >= maxiter, out_of_steps, _RUNNING)
-            pending = jnp.where(good | state.verify, pending, failed)
-            pending = jnp.where(state.verify, state.pending, pending)
-            verify_next = stepped & (reached | (pending != _RUNNING))
-            x = trees.where(verify_next & ~reached, best, x)
+            after_step = jnp.where(norm <= target, _CHECK, _STEP)
+            after_step = jnp.where(iterations < maxiter, after_step, _last_check(out_of_steps))
+            after_step = jnp.where(good, after_step, _last_check(failed))
 
-            # After a verification: done, or restart from the true residual; a second restart
-            # without progress is the end of what this precision allows.
-            stuck = (norm > 0.5 * state.verified_norm) & (state.verified_norm <= rhs_norm)
+            # After a check: done, or restart from the true residual; a second restart without
+            # progress is the end of what this precision allows.
             floor = jnp.where(
                 norm <= base.attainable(rhs) * rhs_norm,
                 code(Status.CONVERGED),
                 code(Status.BREAKDOWN),
             )
-            ended = jnp.where(
-                state.pending != _RUNNING, state.pending, jnp.where(stuck, floor, _RUNNING)
-            )
-            ended = jnp.where(norm <= target, code(Status.CONVERGED), ended)
+            after_check = jnp.where(norm > 0.5 * state.checked_norm, floor, _STEP)
+            is_last = state.phase < _CHECK
+            after_check = jnp.where(is_last, _last_check(state.phase), after_check)
+            after_check = jnp.where(norm <= target, code(Status.CONVERGED), after_check)
             return _State(
                 x=x,
                 r=r,
-                p=p,
+                p=trees.add_scaled(z, beta, state.p),
                 rz=rz,
-                best=best,
-                best_norm=best_norm,
-                verified_norm=jnp.where(state.verify, norm, state.verified_norm),
-                size=jnp.where(state.verify, rz, rz + beta**2 * state.size),
+                size=rz + beta**2 * state.size,
                 largest=jnp.where(
                     good, jnp.maximum(state.largest, curvature / state.size), state.largest
                 ),
-                verify=verify_next,
-                pending=pending,
-                status=jnp.where(state.verify, ended, _RUNNING),
+                best=trees.where(better, x, best),
+                best_norm=jnp.where(better | checked, norm, state.best_norm),
+                checked_norm=jnp.where(check, norm, state.checked_norm),
+                phase=jnp.where(check, after_check, after_step),
                 iterations=iterations,
                 products=state.products + 1,
             )
 
         z = apply_preconditioner(rhs)
-        no_steps = jnp.where(maxiter > 0, _RUNNING, out_of_steps)
-        at_rest = jnp.where(jnp.isfinite(rhs_norm), no_steps, code(Status.NONFINITE))
-        at_rest = jnp.where(rhs_norm > 0, at_rest, code(Status.CONVERGED))
-        if guess is not None:  # the first product measures the guess, whatever `maxiter` is
-            at_rest = jnp.where(at_rest == no_steps, _RUNNING, at_rest)
+        rz = trees.inner(rhs, z)
+        if guess is None:
+            first, first_norm = zero, infinity
+            phase = jnp.where(maxiter > 0, _STEP, out_of_steps)
+        else:  # the first product measures the guess, whatever `maxiter` is
+            first, first_norm = trees.where(rhs_norm > 0, guess, zero), rhs_norm
+            phase = jnp.where(maxiter > 0, _CHECK, _last_check(out_of_steps))
+        phase = jnp.where(jnp.isfinite(rhs_norm), phase, code(Status.NONFINITE))
         start = _State(
-            x=optax.tree.zeros_like(rhs) if guess is None else guess,
+            x=first,
             r=rhs,
             p=z,
-            rz=trees.inner(rhs, z),
-            best=optax.tree.zeros_like(rhs),
-            best_norm=infinity,
-            verified_norm=infinity,
-            size=trees.inner(rhs, z),
+            rz=rz,
+            size=rz,
             largest=jnp.zeros_like(rhs_norm),
-            verify=jnp.asarray(guess is not None),
-            pending=no_steps,
-            status=at_rest,
+            best=first,
+            best_norm=first_norm,
+            checked_norm=infinity,
+            phase=jnp.where(rhs_norm > 0, phase, code(Status.CONVERGED)),
             iterations=jnp.zeros((), jnp.int32),
             products=jnp.zeros((), jnp.int32),
         )
-        end = jax.lax.while_loop(lambda state: state.status == _RUNNING, step, start)
+        end = jax.lax.while_loop(lambda state: state.phase < 0, step, start)
 
         # Never a zero in place of a solution: without any iterate the result is NaN.
         empty = jnp.isinf(end.best_norm) & (rhs_norm > 0)
-        residual = jnp.where(empty, rhs_norm, end.verified_norm)
+        residual = jnp.where(empty, rhs_norm, end.best_norm)
         residual = jnp.where(rhs_norm > 0, residual / jnp.where(rhs_norm > 0, rhs_norm, 1), 0)
         solution = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), end.best)
-        return solution, LinearReport(end.status, end.iterations, end.products, residual)
+        return solution, LinearReport(end.phase, end.iterations, end.products, residual)

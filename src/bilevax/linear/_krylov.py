@@ -2,12 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.scipy.sparse.linalg
-import optax.tree
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -15,8 +14,17 @@ from bilevax._operator import LinearOperator
 from bilevax._results import LinearReport
 from bilevax._status import Status, code
 from bilevax.linear import _base as base
+from bilevax.linear._units import first_iterate, rescale, unit_sized
 
 PyTree = Any
+
+
+class _Cycle(NamedTuple):
+    x: PyTree
+    r: PyTree  # b - A x
+    norm: jax.Array  # ||r||
+    cycles: jax.Array
+    stuck: jax.Array  # the last cycle brought nothing
 
 
 @trees.register
@@ -40,7 +48,7 @@ class GMRES(base.LinearSolver):
     Returned status:
       CONVERGED (also where it stalls below sqrt(eps)); MAXITER; TRUNCATED (both tolerances zero);
       BREAKDOWN where a whole cycle brings nothing, as on a singular system; NONFINITE.
-      `iterations` counts cycles, `products` takes each of them for complete.
+      `iterations` counts cycles; `products` is an upper bound, as a cycle may end early.
 
     Example:
       >>> import jax.numpy as jnp
@@ -77,43 +85,38 @@ class GMRES(base.LinearSolver):
         prepared: PyTree,
         transposed: bool,
     ) -> tuple[PyTree, LinearReport]:
-        operator, size = _unit_sized(operator, rhs)
-        preconditioner = base.preconditioner_of(self, rhs, transposed)
+        precondition = base.preconditioner_of(self, rhs, transposed)
+        # Preconditioned from the right, A M u = b and v = M u: the residual is that of v.
+        product = dataclasses.replace(operator, matvec=lambda u: operator.matvec(precondition(u)))
+        unit_product, size = unit_sized(product, rhs)
         restart = min(self.restart, trees.dimension(rhs))
         rhs_norm = trees.norm(rhs)
         target = base.tolerance(rhs, self.rtol, self.atol)
 
-        def residual_norm(x: PyTree) -> jax.Array:
-            return trees.norm(trees.add_scaled(rhs, -1, operator.matvec(x)))
+        def proceed(state: _Cycle) -> jax.Array:
+            return (state.norm > target) & ~state.stuck & (state.cycles < self.maxiter)
 
-        def proceed(state: tuple[PyTree, jax.Array, jax.Array, jax.Array]) -> jax.Array:
-            _, norm, cycles, stuck = state
-            return (norm > target) & ~stuck & (cycles < self.maxiter)
-
-        def cycle(
-            state: tuple[PyTree, jax.Array, jax.Array, jax.Array],
-        ) -> tuple[PyTree, jax.Array, jax.Array, jax.Array]:
-            x, norm, cycles, _ = state
-            following, _ = jax.scipy.sparse.linalg.gmres(
-                operator.matvec,
-                rhs,
-                x,
+        def cycle(state: _Cycle) -> _Cycle:
+            u, _ = jax.scipy.sparse.linalg.gmres(
+                unit_product.matvec,
+                rescale(state.r, state.norm),
                 tol=0.0,
                 restart=restart,
                 maxiter=1,
-                M=preconditioner,
             )
-            following_norm = residual_norm(following)
-            better = following_norm < norm
-            x = trees.where(better, following, x)
-            stuck = ~(following_norm < 0.99 * norm)
-            return x, jnp.where(better, following_norm, norm), cycles + 1, stuck
+            move = rescale(precondition(u), size)
+            x = trees.add_scaled(state.x, state.norm, move)
+            r = trees.add_scaled(rhs, -1, operator.matvec(x))
+            norm = trees.norm(r)
+            better, stuck = norm < state.norm, ~(norm < 0.99 * state.norm)
+            following = _Cycle(x, r, norm, state.cycles, stuck)
+            kept = trees.where(better, following, state._replace(stuck=stuck))
+            return kept._replace(cycles=state.cycles + 1)
 
-        x, norm = _first_iterate(rhs, guess, size, residual_norm)
+        x, r, _ = first_iterate(operator, rhs, guess)
         none = jnp.zeros((), jnp.int32)
-        x, norm, cycles, stuck = jax.lax.while_loop(
-            proceed, cycle, (x, norm, none, jnp.zeros((), bool))
-        )
+        first = _Cycle(x, r, trees.norm(r), none, jnp.zeros((), bool))
+        x, _, norm, cycles, stuck = jax.lax.while_loop(proceed, cycle, first)
         relative = norm / jnp.where(rhs_norm > 0, rhs_norm, 1)
         status = jnp.where(target > 0, code(Status.MAXITER), code(Status.TRUNCATED))
         status = jnp.where(stuck, code(Status.BREAKDOWN), status)
@@ -123,7 +126,7 @@ class GMRES(base.LinearSolver):
         products = 1 + (guess is not None) + cycles * (restart + 3)
         empty = ~(relative < 1) & (rhs_norm > 0)  # nothing better than zero: no solution at all
         x = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), x)
-        return _rescale(x, size), LinearReport(status, cycles, products, relative)
+        return x, LinearReport(status, cycles, products, relative)
 
 
 @trees.register
@@ -176,13 +179,11 @@ class BiCGStab(base.LinearSolver):
         prepared: PyTree,
         transposed: bool,
     ) -> tuple[PyTree, LinearReport]:
-        operator, size = _unit_sized(operator, rhs)
+        first, first_residual, is_guess = first_iterate(operator, rhs, guess)
+        first_norm = trees.norm(first_residual)
+        operator, size = unit_sized(operator, rhs)
+        first = trees.scale(size, first)
         maxiter = base.default_maxiter(rhs) if self.maxiter is None else self.maxiter
-
-        def residual_norm(x: PyTree) -> jax.Array:
-            return trees.norm(trees.add_scaled(rhs, -1, operator.matvec(x)))
-
-        first, first_norm = _first_iterate(rhs, guess, size, residual_norm)
         target: Any = base.tolerance(rhs, self.rtol, self.atol)
         x, _ = jax.scipy.sparse.linalg.bicgstab(
             operator.matvec,
@@ -195,40 +196,10 @@ class BiCGStab(base.LinearSolver):
         )
         relative, status = base.measure(operator, x, rhs, self.rtol, self.atol)
         unsolved = status != Status.CONVERGED
-        # A breakdown leaves a useless iterate behind: go back to the first one, or to NaN.
+        # A breakdown leaves a useless iterate behind: go back to the guess, or to NaN.
         useless = unsolved & ~(relative * trees.norm(rhs) < first_norm)
-        fallback = first if guess is not None else jax.tree.map(lambda v: v * jnp.nan, first)
-        x = trees.where(useless, fallback, x)
+        x = trees.where(useless, trees.scale(jnp.where(is_guess, 1, jnp.nan), first), x)
         relative = jnp.where(useless, first_norm / trees.norm(rhs), relative)
         status = jnp.where(useless & jnp.isfinite(size), code(Status.BREAKDOWN), status)
         unknown = jnp.full((), -1, jnp.int32)
-        return _rescale(x, size), LinearReport(status, unknown, unknown, relative)
-
-
-def _unit_sized(operator: LinearOperator, rhs: PyTree) -> tuple[LinearOperator, jax.Array]:
-    """Divide the operator by ||A b|| / ||b||: the library's breakdown tests are absolute."""
-    rhs_norm = trees.norm(rhs)
-    image = operator.matvec(rhs)
-    largest = trees.max_abs(image)
-    largest = jnp.where(largest == 0, 1, largest)
-    image = jax.tree.map(lambda leaf: leaf / largest.astype(leaf.dtype), image)
-    size = largest * trees.norm(image) / jnp.where(rhs_norm > 0, rhs_norm, 1)
-    size = jnp.where(size == 0, 1, size)
-    return dataclasses.replace(operator, matvec=lambda v: _rescale(operator.matvec(v), size)), size
-
-
-def _rescale(tree: PyTree, size: jax.Array) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf / size.astype(leaf.dtype), tree)
-
-
-def _first_iterate(
-    rhs: PyTree, guess: PyTree | None, size: jax.Array, residual_norm: Callable[[PyTree], jax.Array]
-) -> tuple[PyTree, jax.Array]:
-    """Return the guess, in the units of the scaled system, unless zero is better."""
-    zero, rhs_norm = optax.tree.zeros_like(rhs), trees.norm(rhs)
-    if guess is None:
-        return zero, rhs_norm
-    guess = trees.scale(size, guess)
-    norm = residual_norm(guess)
-    better = norm < rhs_norm
-    return trees.where(better, guess, zero), jnp.where(better, norm, rhs_norm)
+        return rescale(x, size), LinearReport(status, unknown, unknown, relative)

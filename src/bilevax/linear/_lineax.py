@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from bilevax import _trees as trees
 from bilevax._operator import LinearOperator
 from bilevax._results import LinearReport
+from bilevax._status import Status, code
 from bilevax.linear import _base as base
 
 try:
@@ -78,5 +79,9 @@ class LineaxSolver(base.LinearSolver):
         options = {} if guess is None else {"y0": guess}
         result = lineax.linear_solve(system, rhs, self.solver, options=options, throw=False)
         relative, status = base.measure(operator, result.value, rhs, 0.0, 0.0)
+        # A direct solver divides by zero where the matrix, though finite, is singular.
+        finite = jnp.isfinite(trees.norm(operator.matvec(rhs)))
+        singular = (status == Status.NONFINITE) & finite
+        status = jnp.where(singular, code(Status.BREAKDOWN), status)
         iterations = jnp.asarray(result.stats.get("num_steps", -1), jnp.int32)
         return result.value, LinearReport(status, iterations, jnp.full((), -1, jnp.int32), relative)

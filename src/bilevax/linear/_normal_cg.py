@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax.tree
 
 from bilevax import _trees as trees
 from bilevax._operator import LinearOperator
 from bilevax._results import LinearReport
 from bilevax._status import Status, code
 from bilevax.linear import _base as base
+from bilevax.linear._units import first_iterate, rescale, unit_sized
 
 PyTree = Any
 
@@ -23,6 +23,8 @@ class _State(NamedTuple):
     s: PyTree  # A^T r
     p: PyTree  # search direction
     sz: jax.Array  # <s, M s>
+    size: jax.Array  # <p, M^{-1} p>, by recurrence
+    largest: jax.Array  # max over steps of <A p, A p> / <p, M^{-1} p>, at most ||A M A^T||
     iterations: jax.Array
 
 
@@ -82,46 +84,58 @@ class NormalCG(base.LinearSolver):
     ) -> tuple[PyTree, LinearReport]:
         # (A^T A)^{-1} is symmetric, so its approximation needs no transpose; for the transposed
         # system it is M of A A^T that would be wanted, and M of A^T A only preconditions less.
-        apply_preconditioner = base.preconditioner_of(self, rhs, transposed=False)
+        precondition = base.preconditioner_of(self, rhs, transposed=False)
+        first, residual, is_guess = first_iterate(operator, rhs, guess)
+        operator, unit = unit_sized(operator, rhs)
         adjoint = operator.transpose
         maxiter = base.default_maxiter(rhs) if self.maxiter is None else self.maxiter
         target = base.tolerance(rhs, self.rtol, self.atol)
 
+        def apply_preconditioner(s: PyTree) -> PyTree:
+            if self.preconditioner is None:
+                return s
+            # The inverse of (A / unit)^T (A / unit), in two factors to stay in the range.
+            return trees.scale(unit, trees.scale(unit, precondition(s)))
+
         def start_from(x: PyTree, r: PyTree) -> _State:
             s = adjoint.matvec(r)
             z = apply_preconditioner(s)
-            return _State(x, r, s, z, trees.inner(s, z), jnp.zeros((), jnp.int32))
+            sz = trees.inner(s, z)
+            return _State(x, r, s, z, sz, sz, jnp.zeros_like(sz), jnp.zeros((), jnp.int32))
+
+        def has_direction(state: _State) -> jax.Array:
+            # At a least-squares solution A^T r vanishes, to rounding, and r need not.
+            rounding = 8 * trees.epsilon(rhs) * trees.norm(state.r)
+            return state.sz > state.largest * rounding**2
 
         def proceed(state: _State) -> jax.Array:
             norm = trees.norm(state.r)
-            more = (norm > target) & (state.sz > 0) & jnp.isfinite(norm)
+            more = (norm > target) & has_direction(state) & jnp.isfinite(norm)
             return more & (state.iterations < maxiter)
 
         def step(state: _State) -> _State:
             image = operator.matvec(state.p)
-            alpha = state.sz / trees.inner(image, image)
+            curvature = trees.inner(image, image)
+            alpha = state.sz / curvature
             x = trees.add_scaled(state.x, alpha, state.p)
             r = trees.add_scaled(state.r, -alpha, image)
             s = adjoint.matvec(r)
             z = apply_preconditioner(s)
             sz = trees.inner(s, z)
-            p = trees.add_scaled(z, sz / state.sz, state.p)
-            return _State(x, r, s, p, sz, state.iterations + 1)
+            beta = sz / state.sz
+            p = trees.add_scaled(z, beta, state.p)
+            size = sz + beta**2 * state.size
+            largest = jnp.maximum(state.largest, curvature / state.size)
+            return _State(x, r, s, p, sz, size, largest, state.iterations + 1)
 
-        first = optax.tree.zeros_like(rhs)
-        residual = rhs
-        if guess is not None:
-            guessed = trees.add_scaled(rhs, -1, operator.matvec(guess))
-            better = trees.norm(guessed) < trees.norm(rhs)
-            first = trees.where(better, guess, first)
-            residual = trees.where(better, guessed, residual)
-        end = jax.lax.while_loop(proceed, step, start_from(first, residual))
+        end = jax.lax.while_loop(proceed, step, start_from(trees.scale(unit, first), residual))
 
         relative, status = base.measure(operator, end.x, rhs, self.rtol, self.atol)
         out_of_steps = jnp.where(target > 0, code(Status.MAXITER), code(Status.TRUNCATED))
-        unfinished = (status == Status.BREAKDOWN) & (end.iterations >= maxiter) & (end.sz > 0)
+        unfinished = (status == Status.BREAKDOWN) & (end.iterations >= maxiter)
+        unfinished = unfinished & has_direction(end)
         status = jnp.where(unfinished, out_of_steps, status)
-        products = 2 * end.iterations + 2 + (guess is not None)
-        empty = (end.iterations == 0) & (trees.norm(rhs) > 0) & (guess is None)
+        products = 2 * end.iterations + 3 + (guess is not None)
+        empty = (end.iterations == 0) & (trees.norm(rhs) > 0) & ~is_guess
         x = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), end.x)
-        return x, LinearReport(status, end.iterations, products, relative)
+        return rescale(x, unit), LinearReport(status, end.iterations, products, relative)

@@ -1,0 +1,176 @@
+"""The figures. They can be read in greyscale: curves differ in marker and line style."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+from bilevax.demo.data import Task
+from bilevax.demo.study import Study
+from bilevax.demo.tuning import START, Run
+
+# Colours that differ in brightness too.
+DARK, BLUE, ORANGE, GREEN, LIGHT = "#1b1b3a", "#2c6fbb", "#e07b1a", "#4f9d69", "#9aa5b1"
+MAX_NAMES = 40  # features that are shown by name
+
+
+def plot_losses(task: Task, grid: Run, tuned: Run, path: Path) -> None:
+    """Draw the loss of the three parts, step by step, next to the best single penalty."""
+    figure, axes = _figure(7, 5)
+    steps = np.arange(len(tuned.status))
+    every = max(1, len(steps) // 10)
+    styles = {"train": (LIGHT, "o"), "validation": (DARK, "s"), "test": (ORANGE, "^")}
+    for part, (color, marker) in styles.items():
+        label = {"train": "training", "validation": "validation (minimised)"}.get(part, part)
+        loss = tuned.loss[part]
+        axes.plot(steps, loss, color=color, marker=marker, markevery=every, label=label)
+    for part, line in {"validation": "--", "test": ":"}.items():
+        level = grid.loss[part][grid.best]
+        label = f"best single penalty, {part}"
+        axes.axhline(level, color=styles[part][0], ls=line, lw=1.6, label=label)
+    axes.set_yscale("log")
+    _label_few_decades(axes.yaxis, (1, 2, 3, 5))
+    axes.set_xlabel("outer step (one inner solve each)")
+    axes.set_ylabel("cross entropy (nats per row)")
+    axes.set_title(f"{_text(task.name)}: {tuned.penalties[0].size} penalties tuned at once")
+    axes.margins(x=0.02, y=0.08)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path)
+
+
+def plot_errors(task: Task, study: Study, path: Path) -> None:
+    """Draw the error of each rule against the distance to the inner solution."""
+    figure, axes = _figure(7, 5)
+    styles = [(DARK, "o-"), (BLUE, "s--"), (ORANGE, "^-"), (GREEN, "D:"), (LIGHT, "v-.")]
+    for (name, error), (color, style) in zip(study.error.items(), styles, strict=True):
+        axes.plot(study.distance, error, style, color=color, label=name)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.invert_xaxis()
+    axes.set_xlabel(r"distance to the inner solution, $\|x - x^*\| \, / \, \|x^*\|$")
+    axes.set_ylabel("relative error of the hypergradient")
+    axes.set_title(f"{_text(task.name)}: hypergradients at inexact inner solutions")
+    axes.legend(loc="lower left", frameon=False)
+    figure.savefig(path)
+
+
+def plot_penalties(task: Task, tuned: Run, path: Path) -> None:
+    """Draw the tuned penalties: as images of pixels, as bars, or as a map."""
+    penalties = np.array(tuned.penalties[tuned.best])
+    # Nothing was tuned where a feature is constant: its weight is zero whatever the penalty is.
+    penalties[task.constant] = np.nan
+    if task.image_shape is not None:
+        figure = _draw_images(task, penalties, task.image_shape)
+    elif penalties.shape[1] == 1:
+        figure = _draw_bars(task, penalties[:, 0])
+    else:
+        figure = _draw_map(task, penalties)
+    figure.savefig(path)
+
+
+def _draw_images(task: Task, penalties: np.ndarray, shape: tuple[int, int]) -> Figure:
+    columns = min(penalties.shape[1], 5)
+    rows = -(-penalties.shape[1] // columns)
+    figure = _blank(2 * columns + 1.2, 2.2 * rows + 0.9)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    scale = _color_scale(penalties)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, name, values in zip(grid.flat, task.class_names, penalties.T, strict=False):
+        axes.imshow(values.reshape(shape), **scale)
+        axes.set_title(_text(name))
+        axes.set_axis_on()
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.suptitle(f"{_text(task.name)}: tuned penalty of each pixel, for each class")
+    figure.supxlabel("white: pixels that do not vary in the training rows", fontsize=9)
+    label = "penalty (dark: the weight is free, bright: held near zero)"
+    figure.colorbar(ScalarMappable(**scale), ax=grid, label=label, aspect=30)
+    return figure
+
+
+def _draw_bars(task: Task, penalties: np.ndarray) -> Figure:
+    title = f"{_text(task.name)}: tuned penalty of each feature"
+    order = np.argsort(penalties)
+    order = order[np.isfinite(penalties[order])]
+    if len(order) > MAX_NAMES:
+        half = MAX_NAMES // 2
+        title += f"\n(the {half} lowest and the {half} highest of {len(order)})"
+        order = np.concatenate([order[:half], order[-half:]])
+    values, rows = penalties[order], np.arange(len(order))
+    figure, axes = _figure(7, 1.6 + 0.2 * len(order))
+    # Bars begin at the start penalty.
+    colors = np.where(values < START, DARK, LIGHT)
+    axes.barh(rows, values - START, left=START, color=colors, height=0.75)
+    axes.axvline(START, color="black", lw=1)
+    axes.set_xscale("log")
+    _label_few_decades(axes.xaxis, (1, 3))
+    axes.set_xlim(min(values.min(), START) / 1.2, max(values.max(), START) * 1.2)
+    axes.set_yticks(rows, [_text(task.feature_names[i]) for i in order], fontsize=8)
+    axes.set_ylim(-0.7, len(order) - 0.3)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("penalty")
+    figure.suptitle(title)
+    handles = [
+        Patch(color=DARK, label=f"weaker than the start of {START:g}"),
+        Patch(color=LIGHT, label=f"stronger than the start of {START:g}"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _draw_map(task: Task, penalties: np.ndarray) -> Figure:
+    features, classes = penalties.shape
+    figure, axes = _figure(4 + 0.4 * classes, 3.5 + 0.2 * min(features, MAX_NAMES))
+    scale = _color_scale(penalties)
+    axes.imshow(penalties, aspect="auto", interpolation="nearest", **scale)
+    axes.grid(visible=False)
+    axes.set_xticks(range(classes), [_text(name) for name in task.class_names], rotation=90)
+    if features <= MAX_NAMES:
+        axes.set_yticks(range(features), [_text(name) for name in task.feature_names], fontsize=8)
+    axes.set_xlabel("class")
+    axes.set_ylabel("feature")
+    figure.suptitle(f"{_text(task.name)}: tuned penalties")
+    figure.supxlabel("dark: the weight is free, bright: held near zero", fontsize=9)
+    figure.colorbar(ScalarMappable(**scale), ax=axes, label="penalty")
+    return figure
+
+
+def _color_scale(penalties: np.ndarray) -> dict[str, Any]:
+    """Return one logarithmic scale for all classes, brighter for stronger penalties."""
+    colors = matplotlib.colormaps["cividis"].with_extremes(bad="white")
+    return {"norm": LogNorm(np.nanmin(penalties), np.nanmax(penalties)), "cmap": colors}
+
+
+def _blank(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = _blank(width, height)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.9", lw=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _label_few_decades(axis: Axis, digits: tuple[int, ...]) -> None:
+    """Label a logarithmic axis by numbers such as 0.03, which begin with one of the digits."""
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _text(name: str, limit: int = 40) -> str:
+    """Make a name from the data fit for a figure: not too long, and never a formula."""
+    name = name if len(name) <= limit else f"{name[: limit - 15]}...{name[-12:]}"
+    return name.replace("$", r"\$")

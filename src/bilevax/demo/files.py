@@ -1,0 +1,208 @@
+"""The user's own data: CSV and svmlight files, with a clear error for whatever is wrong."""
+
+import csv
+import io
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from sklearn.datasets import load_svmlight_file
+
+from bilevax.demo.data import Table
+
+MISSING = {"", "?", "na", "n/a", "nan", "none", "null"}
+MAX_CLASSES = 30  # a numeric target with more values is taken for a quantity
+MIN_ROWS = 30
+MIN_ROWS_PER_CLASS = 6  # two in each part
+MAX_ENTRIES = 20_000_000  # rows times features; 160 MB in float64
+
+_SVMLIGHT_LINE = re.compile(r"\s*[-+\d.eE]+(\s+qid:\d+)?(\s+\d+:\S+)+\s*(#.*)?")
+
+
+class DataError(ValueError):
+    """The user's data cannot be used; the message says why, in one line."""
+
+
+def read_table(path: Path, target: str | None) -> Table:
+    """Read a CSV file with a header line, or a svmlight (LIBSVM) file.
+
+    Args:
+      path: the file; which of the two it is shows in its first line.
+      target: the CSV column that holds the classes. A svmlight file has its target in front.
+
+    Returns:
+      A `Table`.
+
+    Raises:
+      DataError: if the file cannot be read, or is not data for classification.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not a text file (in UTF-8)") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    if not lines:
+        raise DataError(f"{path} is empty")
+    if _SVMLIGHT_LINE.fullmatch(lines[0]):
+        return _read_svmlight(path, target)
+    return _read_csv(path, text, target)
+
+
+def _read_svmlight(path: Path, target: str | None) -> Table:
+    if target is not None:
+        raise DataError(
+            f"{path} is a svmlight file, whose target stands in front of each line: "
+            "leave out --target"
+        )
+    try:
+        features, target_values = load_svmlight_file(str(path), dtype=np.float64)[:2]
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"{path} is not a valid svmlight file: {error}") from None
+    rows, columns = features.shape
+    _check_size(path, rows, columns)
+    names = [f"feature {i + 1}" for i in range(columns)]
+    dense = features.toarray()
+    _check_finite(path, names, ~np.isfinite(dense).T)
+    _check_finite(path, ["the target"], ~np.isfinite(target_values)[None])
+    return _table(path, dense, [f"{value:g}" for value in target_values], names)
+
+
+def _read_csv(path: Path, text: str, target: str | None) -> Table:
+    header, rows = _parse_csv(path, text)
+    target = _check_header(path, header, target)
+    position = header.index(target)
+    labels = [_one_line(row[position]) for row in rows]
+    features = [j for j in range(len(header)) if j != position]
+    if not features:
+        raise DataError(f"{path} has no column besides the target '{target}'")
+    _check_size(path, len(rows), len(features))
+
+    names = [header[j] for j in features]
+    numbers = np.empty((len(rows), len(features)))
+    texts = []
+    for i, j in enumerate(features):
+        for k, row in enumerate(rows):
+            cell = row[j].strip()
+            try:
+                numbers[k, i] = np.nan if cell.lower() in MISSING else float(cell)
+            except ValueError:
+                texts.append(f"'{header[j]}' (for example '{_one_line(cell)[:40]}')")
+                break
+    if texts:
+        raise DataError(
+            f"{path} has columns that are not numbers: {_shorten(texts)}; "
+            "turn them into numbers, or remove them"
+        )
+    _check_finite(path, [f"'{name}'" for name in names], ~np.isfinite(numbers).T)
+    without = np.array([label.lower() in MISSING for label in labels])
+    _check_finite(path, [f"the target '{target}'"], without[None])
+    return _table(path, numbers, labels, names)
+
+
+def _parse_csv(path: Path, text: str) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows, all of one length."""
+    try:
+        reader = csv.reader(io.StringIO(text), skipinitialspace=True, strict=True)
+        lines = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise DataError(f"{path} is not a valid CSV file: {error}") from None
+    header = [_one_line(name) for name in lines[0][1]]
+    if len(header) == 1:
+        for separator, word in {";": "semicolons", "\t": "tabs", "|": "bars"}.items():
+            if separator in lines[0][1][0]:
+                raise DataError(f"{path} is separated by {word}; this demo reads commas")
+        if re.search(r"\S\s+\S", lines[0][1][0]) and len(lines) > 1 and len(lines[1][1]) == 1:
+            raise DataError(f"{path} has one column, no commas; this demo reads commas")
+    if all(_is_number(name) for name in header):
+        raise DataError(f"the first line of {path} must hold the names of the columns")
+    for number, row in lines[1:]:
+        if len(row) != len(header):
+            raise DataError(
+                f"line {number} of {path} has {len(row)} cells, the first line has {len(header)}"
+            )
+    return header, [row for _, row in lines[1:]]
+
+
+def _check_header(path: Path, header: list[str], target: str | None) -> str:
+    """Return the name of the target column."""
+    columns = _shorten([f"'{name}'" for name in header])
+    repeated = [f"'{name}'" for name, count in Counter(header).items() if count > 1]
+    if "" in header:
+        raise DataError(f"column {header.index('') + 1} of {path} has no name; remove or name it")
+    if repeated:
+        raise DataError(f"{path} has columns of the same name: {_shorten(repeated)}")
+    if target is None:
+        raise DataError(f"say with --target which column of {path} holds the classes: {columns}")
+    if target not in header:
+        raise DataError(f"{path} has no column '{target}'; its columns are {columns}")
+    return target
+
+
+def _check_size(path: Path, rows: int, columns: int) -> None:
+    if rows * columns > MAX_ENTRIES:
+        raise DataError(
+            f"{path} has {rows} rows and {columns} features, too many for this demo, "
+            f"which keeps at most {MAX_ENTRIES} numbers in memory"
+        )
+
+
+def _check_finite(path: Path, names: list[str], bad: np.ndarray) -> None:
+    """Raise if a column of numbers, a row of `bad`, has gaps."""
+    counts = zip(names, bad.sum(axis=1), strict=True)
+    gaps = [f"{name} ({count})" for name, count in counts if count]
+    if gaps:
+        raise DataError(
+            f"{path} has missing or infinite values in {_shorten(gaps)}; "
+            "fill them in, or remove these rows"
+        )
+
+
+def _table(path: Path, features: np.ndarray, labels: list[str], names: list[str]) -> Table:
+    """Number the classes and check that there are enough rows of each."""
+    numeric = all(_is_number(label) for label in labels)
+    if numeric:  # 1 and 1.0 are one class
+        labels = [f"{float(label):g}" for label in labels]
+    counts = Counter(labels)
+    classes = sorted(counts, key=float) if numeric else sorted(counts)
+
+    def refuse(problem: str) -> NoReturn:
+        raise DataError(f"{path} {problem}")
+
+    if len(labels) < MIN_ROWS:
+        refuse(f"has {len(labels)} rows, too few: this demo needs {MIN_ROWS}")
+    if len(classes) == 1:
+        refuse(f"has only one class, '{classes[0]}', in its target; two or more are needed")
+    if numeric and len(classes) > MAX_CLASSES:
+        refuse(
+            f"has {len(classes)} different numbers in its target, which looks like a quantity; "
+            f"this demo does classification, with at most {MAX_CLASSES} numeric classes"
+        )
+    rare = [f"'{name}' ({counts[name]})" for name in classes if counts[name] < MIN_ROWS_PER_CLASS]
+    if rare:
+        refuse(f"has classes with too few rows, under {MIN_ROWS_PER_CLASS}: {_shorten(rare)}")
+    index = {name: i for i, name in enumerate(classes)}
+    return Table(path.stem, features, np.array([index[label] for label in labels]), names, classes)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _one_line(cell: str) -> str:
+    return " ".join(cell.split())
+
+
+def _shorten(items: list[str], limit: int = 10) -> str:
+    """Join items into one line; the command line shows no page-long lists."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
