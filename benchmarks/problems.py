@@ -75,7 +75,7 @@ def layer_data(
     return layer, x, readout, targets
 
 
-def leaves_close(a: Any, b: Any) -> float:
+def distance(a: Any, b: Any) -> float:
     """Return ||a - b|| / ||b|| over all leaves."""
     leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     difference = sum(float(jnp.sum((u - v) ** 2)) for u, v in leaves)

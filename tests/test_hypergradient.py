@@ -71,7 +71,7 @@ def test_equals_the_gradient_through_the_solution_map(name):
     solver = bx.GradientDescent(0.4, maxiter=3)
     result = make(solver, RULES[name])(Y, bx.cold_start(X0))
     solve = bx.solution_map(bx.minimum(inner), solver, RULES[name])
-    value, gradient = jax.value_and_grad(lambda y: outer(solve(X0, y), y))(Y)
+    value, gradient = jax.jit(jax.value_and_grad(lambda y: outer(solve(X0, y), y)))(Y)
     np.testing.assert_allclose(result.value, value, rtol=1e-14)
     np.testing.assert_allclose(result.gradient, gradient, rtol=1e-13)
     # Newton's step is exact on this quadratic; the other rules are not at this x.

@@ -126,7 +126,9 @@ def assert_close(got, reference):
     got, reference = np.atleast_2d(got), np.atleast_2d(reference)
     assert got.shape == reference.shape
     norms = np.linalg.norm(reference, axis=1, keepdims=True)
-    np.testing.assert_array_less(np.linalg.norm(got - reference, axis=1, keepdims=True), 1e-8 * norms)
+    np.testing.assert_array_less(
+        np.linalg.norm(got - reference, axis=1, keepdims=True), 1e-8 * norms
+    )
     scales = np.maximum(np.abs(reference), 1e-4 * norms)
     np.testing.assert_array_less(np.abs(got - reference), 1e-8 * scales)
 

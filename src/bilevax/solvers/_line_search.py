@@ -27,6 +27,9 @@ class Backtracking:
       contraction: factor between trials, in (0, 1).
       maxiter: trials at most; a search without success stalls the solver.
 
+    Raises:
+      ValueError: for a number outside of its range.
+
     Example:
       >>> import bilevax as bx
       >>> solver = bx.GradientDescent(bx.Backtracking())
@@ -45,6 +48,10 @@ class Backtracking:
         checks.positive("decrease", self.decrease)
         checks.positive("contraction", self.contraction)
         checks.positive("maxiter", self.maxiter)
+        for name, bound in (("decrease", 0.5), ("contraction", 1)):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not value < bound:
+                raise ValueError(f"`{name}` must be below {bound}, got {value!r}.")
 
 
 class Point(NamedTuple):
