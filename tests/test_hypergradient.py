@@ -132,6 +132,12 @@ def test_a_second_call_at_the_same_y_takes_no_iterations():
     np.testing.assert_allclose(again.gradient, cold.gradient, rtol=1e-14)
 
 
+def test_a_second_call_with_default_tolerances_takes_no_inner_iterations():
+    engine = make()
+    again = engine(Y, engine(Y, bx.cold_start(X0)).warm)
+    assert again.report.inner.iterations == 0
+
+
 def test_a_warm_start_at_a_nearby_y_takes_fewer_iterations():
     rng = np.random.default_rng(0)
     matrix = rng.normal(size=(30, 30))

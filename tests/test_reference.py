@@ -1,9 +1,9 @@
-"""Every estimator equals an independent implementation, at iterates far from and near the solution.
+"""Every estimator equals an independent implementation, at iterates far from and near x*.
 
-The data in `reference/` were made by the dense code published with Ye, Peyre, Cremers, Ablin, "Enhancing
-Hypergradients Estimation", AISTATS 2024, in float64. `X`, `t` are features and targets of the inner
-problem, `y` one log-penalty per feature; `cases[].iterates[].estimates` holds the hypergradients at x by
-the name of the estimator, `cases[].exact` the one at the solution `x_star`.
+The data in `reference/` were made in float64 by the dense code published with Ye, Peyre, Cremers,
+Ablin, "Enhancing Hypergradients Estimation", AISTATS 2024. `X`, `t` are features and targets of the
+inner problem, `y` is one log-penalty per feature; `cases[].iterates[].estimates` holds the
+hypergradients at x by the name of the estimator, `cases[].exact` the one at the solution `x_star`.
 """
 
 import dataclasses

@@ -31,10 +31,13 @@ class WarmStart(NamedTuple):
       x: the inner variable.
       adjoint: v of the adjoint system, a pytree like x (for a `Reparameterized` rule the entries
         are those of its z).
+      scale: the largest ||F|| at a start so far, which the relative tolerance of the inner solver
+        refers to.
     """
 
     x: PyTree
     adjoint: PyTree
+    scale: jax.Array | float = 0.0
 
 
 class HypergradientReport(NamedTuple):
@@ -72,7 +75,7 @@ class Hypergradient(NamedTuple):
 
 
 def cold_start(x0: PyTree) -> WarmStart:
-    """Return the warm start of a first call: x0, and zero for the adjoint.
+    """Return the warm start of a first call: x0, and zero for the rest.
 
     Args:
       x0: where the inner solver starts, a pytree of floating arrays.
@@ -85,12 +88,13 @@ def cold_start(x0: PyTree) -> WarmStart:
 
     Example:
       >>> import bilevax as bx
-      >>> bx.cold_start(1.0).adjoint
-      Array(0., dtype=float32)
+      >>> warm = bx.cold_start(1.0)
+      >>> float(warm.x), float(warm.adjoint)
+      (1.0, 0.0)
     """
     checks.inner_variable(x0, "x0")
     x0 = trees.as_arrays(x0)
-    return WarmStart(x0, optax.tree.zeros_like(x0))
+    return WarmStart(x0, optax.tree.zeros_like(x0), jnp.zeros((), trees.dtype(x0)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +116,9 @@ class Engine:
             )
         checks.inner_variable(warm.x, "warm.x")
         checks.outer_variable(y)
-        warm = WarmStart(*map(trees.as_arrays, warm))
+        x = trees.as_arrays(warm.x)
+        scale = jnp.asarray(warm.scale, trees.dtype(x))
+        warm = WarmStart(x, trees.as_arrays(warm.adjoint), scale)
         y = jax.tree.map(jnp.asarray, y)
         self.rule.check_values(warm.x, y)
         checks.same_structure(
@@ -197,7 +203,7 @@ def _evaluate(
 ) -> Hypergradient:
     problem.check(warm.x, y)
     rule.check(problem, warm.x, y)
-    x, inner = loop.run(solver, problem, warm.x, y)
+    x, inner = loop.run(solver, problem, warm.x, y, warm.scale)
     settings = Settings(solver.rtol, on_failure)
     x, correction = rule.correct(problem, x, y, settings)
     inner = inner._replace(correction=correction)
@@ -224,5 +230,5 @@ def _evaluate(
     # The adjoint of a `Reparameterized` rule is like z; a carry of `scan` must stay like x.
     flat, unravel = ravel_pytree(x)
     adjoint = unravel(ravel_pytree(rule_report.adjoint)[0].astype(flat.dtype))
-    following = WarmStart(x, adjoint)
+    following = WarmStart(x, adjoint, jnp.maximum(warm.scale, inner.initial_residual))
     return Hypergradient(value, gradient, x, following, report, aux[0] if aux else None)

@@ -16,8 +16,13 @@ PyTree = Any
 _RUNNING = -1
 
 
-def run(solver: Solver, problem: Problem, x0: PyTree, y: PyTree) -> tuple[PyTree, SolveReport]:
+def run(
+    solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any = 0.0
+) -> tuple[PyTree, SolveReport]:
     """Iterate a solver from x0 until ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol).
+
+    Where x0 is a warm start, `scale` is ||F|| at the cold one and stands in for a smaller
+    ||F(x0, y)||: relative to what is small already, no tolerance could be met.
 
     Ends with CONVERGED; MAXITER (TRUNCATED if both tolerances are zero); STALLED where the solver
     cannot improve its iterate; DIVERGED where ||F|| has grown by 1 / eps; NONFINITE.
@@ -30,7 +35,7 @@ def run(solver: Solver, problem: Problem, x0: PyTree, y: PyTree) -> tuple[PyTree
     dtype = initial_norm.dtype
     rtol = jnp.asarray(stopping_rtol(solver, x0), dtype)
     atol = jnp.asarray(10 * trees.epsilon(x0) if solver.atol is None else solver.atol, dtype)
-    target = jnp.maximum(rtol * initial_norm, atol)
+    target = jnp.maximum(rtol * jnp.maximum(initial_norm, scale), atol)
     ceiling = (initial_norm + 1) / trees.epsilon(x0)
     out_of_steps = jnp.where((rtol > 0) | (atol > 0), code(Status.MAXITER), code(Status.TRUNCATED))
 

@@ -39,6 +39,7 @@ class SolutionMap:
     def with_report(self, x0: PyTree, y: PyTree) -> tuple[PyTree, SolveReport]:
         """Return x*(y) as the solver left it, and a `SolveReport` with its status.
 
+        The numbers of a report are constants: no gradient flows through them.
         Under `jax.grad` the adjoint solve cannot add to the report; there `on_failure` applies.
         """
         return self._evaluate(x0, y, OnFailure.RETURN)
@@ -179,8 +180,8 @@ def _run(solver: Solver, problem: Problem, x0: PyTree, y: PyTree) -> tuple[PyTre
 def _run_black_box(
     solve_fn: Partial, problem: Problem, x0: PyTree, y: PyTree
 ) -> tuple[PyTree, SolveReport]:
-    x = solve_fn(x0, y)
-    checks.same_structure("solve_fn", jax.eval_shape(lambda: x), x0, expected="x0")
+    x = trees.as_arrays(solve_fn(x0, y))
+    checks.same_structure("solve_fn", x, x0, expected="x0")
     norm = trees.norm(problem.optimality(x, y))
     initial_norm = trees.norm(problem.optimality(x0, y))
     status = jnp.where(jnp.isfinite(norm), code(Status.TRUNCATED), code(Status.NONFINITE))

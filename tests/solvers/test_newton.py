@@ -1,5 +1,7 @@
 """Newton's method."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import optimistix
@@ -59,7 +61,7 @@ def test_the_inexact_method_converges_superlinearly():
         x, _ = solve(bx.Newton(**exactly(steps)), BOWL, start, CENTRE)
         errors.append(np.linalg.norm(x - truth))
     # The forcing term is the root of the residual: the order is 3/2 at least, down to rounding.
-    for error, following in zip(errors, errors[1:], strict=False):
+    for error, following in itertools.pairwise(errors):
         if error < 0.5:
             assert following <= max(5 * error**1.5, 1e-14)
     assert errors[-1] < 1e-12
@@ -126,7 +128,7 @@ def test_float32_with_default_tolerances():
 
 
 def test_a_linear_solver_must_be_one():
-    with pytest.raises(TypeError, match="`linear_solver` must be a LinearSolver.*got 'dense'"):
+    with pytest.raises(TypeError, match=r"`linear_solver` must be a LinearSolver.*got 'dense'"):
         bx.Newton("dense")
     with pytest.raises(TypeError, match="Did you forget the parentheses"):
         bx.Newton(bx.Dense)

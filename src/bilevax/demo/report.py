@@ -72,6 +72,9 @@ def _conclusions(task: Task, grid: Run, tuned: Run) -> list[str]:
         ]
     else:
         lines.append("The validation loss flatters, for it is what was minimised: trust the test.")
+    lines.append(
+        "One split of few rows says little about the test loss: compare with other --seed."
+    )
     for name, run in {"grid": grid, "tuning": tuned}.items():
         for status, count in Counter(map(bx.Status, run.status.tolist())).items():
             if status >= bx.Status.MAXITER:

@@ -93,6 +93,15 @@ def linear_solve(
 
     Returns:
       v and a `LinearReport`. v is NaN if b is not finite or if no iterate was computed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import bilevax as bx
+      >>> b = jnp.array([2.0, 4.0])
+      >>> operator = bx.LinearOperator(lambda v: 2 * v, bx.Structure.POSITIVE_DEFINITE, b)
+      >>> v, report = bx.linear_solve(operator, b, bx.CG())
+      >>> [float(entry) for entry in v], int(report.iterations)
+      ([1.0, 2.0], 1)
     """
     if trees.dimension(rhs) == 0:
         nothing = jnp.zeros((), jnp.int32)

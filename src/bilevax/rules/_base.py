@@ -78,7 +78,7 @@ class Rule(abc.ABC):
         """
         x = _checked(self, problem, x, y)
         cotangent = trees.as_arrays(cotangent)
-        checks.same_structure("cotangent", jax.eval_shape(lambda: cotangent), x)
+        checks.same_structure("cotangent", cotangent, x, argument=True)
         return _pullback(self, problem, x, y, cotangent, guess)
 
     def pushforward(self, problem: Problem, x: PyTree, y: PyTree, tangent: PyTree) -> PyTree:

@@ -167,8 +167,8 @@ class CustomStep(Step):
         self, problem: Problem, x: PyTree, y: PyTree, settings: Settings
     ) -> tuple[PyTree, LinearReport]:
         optimality, jacobian = problem.linearize(x, y)
-        step = self.inverse(x, y, optimality)
-        checks.same_structure("step", jax.eval_shape(lambda: step), x)
+        step = trees.as_arrays(self.inverse(x, y, optimality))
+        checks.same_structure("step", step, x)
         return _single(jacobian, optimality, step)
 
 

@@ -99,10 +99,11 @@ def backtrack(
             return point.norm <= (1 - options.decrease * step_size) * start.norm
         # Where the first-order change of f is itself below rounding, its values tell nothing.
         rounding = 4 * epsilon * jnp.abs(start.value)
-        told = jnp.isfinite(point.norm) & (step_size * slope < -rounding)
+        told = step_size * slope < -rounding
         enough = point.value <= start.value + options.decrease * step_size * slope
-        level = (point.value <= start.value + rounding) & (point.norm < start.norm)
-        return (told & enough) | level
+        unchanged = ~told | (point.value >= start.value - rounding)
+        level = unchanged & (point.value <= start.value + rounding) & (point.norm < start.norm)
+        return (told & enough & jnp.isfinite(point.norm)) | level
 
     def search(state: tuple[jax.Array, Trial]) -> tuple[jax.Array, Trial]:
         trials, trial = state
