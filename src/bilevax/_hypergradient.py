@@ -119,7 +119,7 @@ class Engine:
         x = trees.as_arrays(warm.x)
         scale = jnp.asarray(warm.scale, trees.dtype(x))
         warm = WarmStart(x, trees.as_arrays(warm.adjoint), scale)
-        y = jax.tree.map(jnp.asarray, y)
+        y = trees.as_arrays(y)
         self.rule.check_values(warm.x, y)
         checks.same_structure(
             "warm.adjoint", warm.adjoint, warm.x, expected="warm.x", argument=True
@@ -204,7 +204,7 @@ def _evaluate(
     problem.check(warm.x, y)
     rule.check(problem, warm.x, y)
     x, inner = loop.run(solver, problem, warm.x, y, warm.scale)
-    settings = Settings(solver.rtol, on_failure)
+    settings = Settings.following(solver.rtol, x, on_failure)
     x, correction = rule.correct(problem, x, y, settings)
     inner = inner._replace(correction=correction)
 

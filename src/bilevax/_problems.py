@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax.tree
+from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
@@ -223,4 +224,7 @@ def _composed_objective(objective: Partial, change: Partial, z: PyTree, y: PyTre
 
 
 def _composed_optimality(problem: Problem, change: Partial, z: PyTree, y: PyTree) -> PyTree:
-    return problem.optimality(change(z, y), y)
+    # F is like x, and z may have another structure: G takes the entries of F in their order.
+    flat, unravel = ravel_pytree(z)
+    optimality, _ = ravel_pytree(problem.optimality(change(z, y), y))
+    return unravel(optimality.astype(flat.dtype))

@@ -48,11 +48,13 @@ class SolutionMap:
         checks.inner_variable(x0, "x0")
         checks.outer_variable(y)
         x0 = trees.as_arrays(x0)
-        y = jax.tree.map(jnp.asarray, y)
+        y = trees.as_arrays(y)
         self.rule.check_values(x0, y)
         problem = dataclasses.replace(self.problem, function=hoist(self.problem.function, x0, y))
-        settings = Settings(self.rtol, self.on_failure)
-        solve = Partial(_solve, self.solve, self.rule, Settings(self.rtol, forward))
+        settings = Settings.following(self.rtol, x0, self.on_failure)
+        solve = Partial(
+            _solve, self.solve, self.rule, dataclasses.replace(settings, on_failure=forward)
+        )
         if self.rule.mode == "forward":
             push = Partial(_push, self.rule, settings)
             if has_functions((self.solve, self.rule)):

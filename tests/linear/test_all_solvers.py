@@ -118,7 +118,7 @@ def test_solutions_and_first_derivatives(name):
     )
 
 
-@some
+@pytest.mark.parametrize("name", ["CG", "Dense, LU"])
 def test_second_derivatives_in_either_mode(name):
     """With A(s) and b(s): A v'' = b'' - 2 A' v' - A'' v."""
     solver, structure, matrix = ROWS[name]
@@ -130,14 +130,14 @@ def test_second_derivatives_in_either_mode(name):
         operator = operator_of(matrix + s * first + s**2 * second, structure, rhs)
         return cotangent @ like_vector(bx.linear_solve(operator, rhs, solver)[0])
 
-    derivatives = [along, jax.grad(along), jax.grad(jax.grad(along)), jax.jacfwd(jax.grad(along))]
+    derivatives = [jax.grad(along), jax.grad(jax.grad(along)), jax.jacfwd(jax.grad(along))]
     got = jax.jit(lambda s: [derivative(s) for derivative in derivatives])(0.0)
 
     system = damped(solver, matrix)
     v = np.linalg.solve(system, b)
     v1 = np.linalg.solve(system, -first @ v)
     v2 = np.linalg.solve(system, 2 * b - 2 * first @ v1 - 2 * second @ v)
-    expected = [cotangent @ part for part in (v, v1, v2, v2)]
+    expected = [cotangent @ part for part in (v1, v2, v2)]
     np.testing.assert_allclose(got, expected, rtol=1e-9)
 
 

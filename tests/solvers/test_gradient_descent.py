@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -15,10 +16,12 @@ from tests.solvers.problems import (
     MATRIX,
     QUADRATIC,
     ROSENBROCK,
+    SIZE,
     SOLUTION,
     X0,
     B,
     exactly,
+    quadratic,
     solve,
 )
 
@@ -129,6 +132,28 @@ def test_backtracking_solves_where_no_constant_rate_is_known():
     x, report = solve(solver, ROSENBROCK, np.array([-0.5, 1.0]), 10.0)
     assert report.status is Status.CONVERGED
     np.testing.assert_allclose(x, [1.0, 1.0], atol=1e-4)
+
+
+@pytest.mark.parametrize("left", [0.0, 1e-6, 1e6])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "solver",
+    [bx.GradientDescent(bx.Backtracking()), bx.ConjugateGradient(), bx.Newton()],
+    ids=["backtracking", "conjugate_gradient", "newton"],
+)
+def test_line_searches_bear_a_value_of_any_size_at_the_minimum(solver, dtype, left):
+    """Where large terms cancel, the rounding error of f is far above eps |f|."""
+    minimum = -B @ SOLUTION / 2
+
+    def shifted(x, y):
+        matrix, b = y
+        terms = 100 * jnp.sum(jnp.cosh(0.1 * (matrix @ x - b)))  # 100 SIZE at the minimum
+        return terms + quadratic(x, y) - dtype(100 * SIZE + minimum - left)
+
+    arguments = jax.tree.map(lambda leaf: leaf.astype(dtype), (X0, (MATRIX, B)))
+    x, report = solve(solver, bx.minimum(shifted), *arguments)
+    assert report.status is Status.CONVERGED
+    np.testing.assert_allclose(x, SOLUTION, atol=100 * np.finfo(dtype).eps ** 0.75)
 
 
 @pytest.mark.parametrize(

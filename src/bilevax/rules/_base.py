@@ -5,12 +5,14 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._failure import OnFailure
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
+from bilevax.linear import default_rtol
 
 PyTree = Any
 
@@ -27,6 +29,16 @@ class Settings:
 
     rtol: Any = None
     on_failure: OnFailure = dataclasses.field(default=OnFailure.RETURN, metadata={"static": True})
+
+    @classmethod
+    def following(cls, rtol: Any, x: PyTree, on_failure: OnFailure) -> "Settings":
+        """Return settings at the tolerance of an inner solver that stops at `rtol`.
+
+        A zero, of a solver that stops by `atol` or by a number of steps, is no tolerance to follow.
+        """
+        if rtol is not None:
+            rtol = jnp.where(jnp.asarray(rtol) > 0, rtol, default_rtol(x))
+        return cls(rtol, on_failure)
 
 
 class Rule(abc.ABC):

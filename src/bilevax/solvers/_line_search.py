@@ -19,8 +19,9 @@ class Backtracking:
     """Shrink a step until it brings enough: f(x + t d) <= f(x) + decrease * t <F, d>.
 
     Near a minimum the decrease of f drowns in its rounding error long before the gradient is
-    small. There, a step that leaves f unchanged to rounding is accepted if it shrinks ||F||.
-    For problems without an objective the test is ||F(x + t d)|| <= (1 - decrease * t) ||F(x)||.
+    small. There, where f changes by less than sqrt(eps) |f|, the decrease is judged by the slopes
+    at both ends, t (<F(x), d> + <F(x + t d), d>) / 2, which is exact on a quadratic. For
+    problems without an objective the test is ||F(x + t d)|| <= (1 - decrease * t) ||F(x)||.
 
     Args:
       decrease: the part of the predicted decrease that is asked for, in (0, 1/2).
@@ -36,7 +37,8 @@ class Backtracking:
 
     Source:
       L. Armijo, "Minimization of Functions Having Lipschitz Continuous First Partial
-      Derivatives", 1966; the test at rounding level follows W. Hager and H. Zhang, 2005.
+      Derivatives", 1966; the test by slopes: W. Hager and H. Zhang, "A New Conjugate Gradient
+      Method with Guaranteed Descent and an Efficient Line Search", 2005.
     """
 
     decrease: Any = 1e-4
@@ -91,19 +93,24 @@ def backtrack(
 ) -> Trial:
     """Search from `start` along `direction`; the start itself if no trial is accepted."""
     slope = trees.inner(start.optimality, direction)
-    epsilon = trees.epsilon(start.x)
+    epsilon, size = trees.epsilon(start.x), jnp.abs(start.value)
+    rounding = 64 * epsilon
     first_step = jnp.asarray(first_step, start.norm.dtype)
 
     def accepts(point: Point, step_size: jax.Array) -> jax.Array:
         if not isinstance(problem, Minimum):
             return point.norm <= (1 - options.decrease * step_size) * start.norm
-        # Where the first-order change of f is itself below rounding, its values tell nothing.
-        rounding = 4 * epsilon * jnp.abs(start.value)
-        told = step_size * slope < -rounding
-        enough = point.value <= start.value + options.decrease * step_size * slope
-        unchanged = ~told | (point.value >= start.value - rounding)
-        level = unchanged & (point.value <= start.value + rounding) & (point.norm < start.norm)
-        return (told & enough & jnp.isfinite(point.norm)) | level
+        # Values tell nothing where the first-order change of f is below their rounding error. That
+        # error can be far above eps |f|, for f may be a small difference of large terms.
+        predicted = -step_size * slope
+        by_values = point.value <= start.value - options.decrease * predicted
+        level = point.value <= start.value + epsilon**0.5 * size
+        end_slope = trees.inner(point.optimality, direction)
+        by_slopes = level & (end_slope <= (2 * options.decrease - 1) * slope)
+        # In the end rounding hides F too, and only a norm that keeps falling leads to a stop.
+        falling = (predicted > rounding**2 * size) | (point.norm < start.norm)
+        accepted = ((predicted > rounding * size) & by_values) | (by_slopes & falling)
+        return accepted & jnp.isfinite(point.norm)
 
     def search(state: tuple[jax.Array, Trial]) -> tuple[jax.Array, Trial]:
         trials, trial = state
