@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from bilevax import _trees as trees
 from bilevax._problems import Problem
 from bilevax._results import SolveReport
-from bilevax._status import Status, code
+from bilevax._status import Status, code, out_of_steps
 from bilevax.linear import default_rtol
 from bilevax.solvers import Iterate, Solver
 
@@ -36,13 +36,13 @@ def run(
     rtol = jnp.asarray(stopping_rtol(solver, x0), dtype)
     atol = jnp.asarray(10 * trees.epsilon(x0) if solver.atol is None else solver.atol, dtype)
     target = jnp.maximum(rtol * jnp.maximum(initial_norm, scale), atol)
-    ceiling = (initial_norm + 1) / trees.epsilon(x0)
-    out_of_steps = jnp.where((rtol > 0) | (atol > 0), code(Status.MAXITER), code(Status.TRUNCATED))
+    exhausted = out_of_steps(rtol, atol)
 
     def judge(norm: jax.Array, iterations: jax.Array, stalled: Any) -> jax.Array:
-        status = jnp.where(iterations >= solver.maxiter, out_of_steps, _RUNNING)
+        status = jnp.where(iterations >= solver.maxiter, exhausted, _RUNNING)
         status = jnp.where(stalled, code(Status.STALLED), status)
-        status = jnp.where(norm > ceiling, code(Status.DIVERGED), status)
+        diverged = norm * trees.epsilon(x0) - 1 > initial_norm
+        status = jnp.where(diverged, code(Status.DIVERGED), status)
         status = jnp.where(norm <= target, code(Status.CONVERGED), status)
         return jnp.where(jnp.isfinite(norm), status, code(Status.NONFINITE))
 

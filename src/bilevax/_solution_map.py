@@ -57,12 +57,12 @@ class SolutionMap:
         )
         if self.rule.mode == "forward":
             push = Partial(_push, self.rule, settings)
-            if has_functions((self.solve, self.rule)):
+            if has_functions((self.solve.args, self.rule)):
                 solve = hoist(solve, problem, x0, y)
                 push = hoist(push, problem, x0, y, _zero_tangent((problem, y)))
             return _forward_mode(solve, push, problem, x0, y)
         pull = Partial(_pull, self.rule, settings)
-        if has_functions((self.solve, self.rule)):
+        if has_functions((self.solve.args, self.rule)):
             solve = hoist(solve, problem, x0, y)
             pull = hoist(pull, problem, x0, y, x0)
         return _reverse_mode(solve, pull, problem, x0, y)

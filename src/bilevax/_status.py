@@ -1,6 +1,7 @@
 """Status codes: how a solve ended, and what to do about it."""
 
 import enum
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,3 +66,14 @@ def is_unsolved(status: jax.Array) -> jax.Array:
 def code(status: Status) -> jax.Array:
     """Return a status as the integer array that reports hold."""
     return jnp.asarray(int(status), jnp.int32)
+
+
+def out_of_steps(rtol: Any, atol: Any) -> jax.Array:
+    """Return how a solver ends after its last step: TRUNCATED if both tolerances are zero.
+
+    A tolerance of None stands for a default, which is above zero.
+    """
+    if rtol is None:
+        return code(Status.MAXITER)
+    has_tolerance = (jnp.asarray(rtol) > 0) | (jnp.asarray(atol) > 0)
+    return jnp.where(has_tolerance, code(Status.MAXITER), code(Status.TRUNCATED))

@@ -11,7 +11,7 @@ import optax.tree
 from bilevax import _trees as trees
 from bilevax._operator import LinearOperator
 from bilevax._results import LinearReport
-from bilevax._status import Status, code
+from bilevax._status import Status, code, out_of_steps
 from bilevax.linear import _base as base
 
 PyTree = Any
@@ -28,13 +28,13 @@ def _last_check(status: Any) -> Any:
 class _State(NamedTuple):
     x: PyTree
     r: PyTree  # b - A x, by recurrence
-    p: PyTree  # search direction
+    p: PyTree  # what the next product is with: the search direction, or the best iterate
     rz: jax.Array  # <r, M r>
     size: jax.Array  # <p, M^{-1} p>, by recurrence
     largest: jax.Array  # max over steps of <p, A p> / <p, M^{-1} p>, at most ||M A||
     best: PyTree  # the iterate of smallest residual
-    best_norm: jax.Array  # infinite until there is an iterate
-    checked_norm: jax.Array  # ||b - A x|| when it was last measured, else infinite
+    best_square: jax.Array  # its ||r||^2; infinite until there is an iterate
+    checked_square: jax.Array  # ||b - A x||^2 when it was last measured, else infinite
     phase: jax.Array  # what the next product is for, or the final status
     iterations: jax.Array
     products: jax.Array
@@ -61,8 +61,8 @@ class CG(base.LinearSolver):
 
     Returned status:
       CONVERGED; MAXITER; TRUNCATED; INDEFINITE where a direction p has <p, A p> < 0; BREAKDOWN
-      where <p, A p> vanishes to rounding or the true residual stays above sqrt(eps) ||b|| after
-      a restart (a singular system); NONFINITE.
+      where <p, A p> vanishes to rounding or a restart brings no progress, as on a singular system
+      (CONVERGED if the residual is below sqrt(eps) ||b|| by then); NONFINITE.
 
     Example:
       >>> import jax.numpy as jnp
@@ -101,74 +101,71 @@ class CG(base.LinearSolver):
         apply_preconditioner = base.preconditioner_of(self, rhs, transposed)
         maxiter = base.default_maxiter(rhs) if self.maxiter is None else self.maxiter
         maxiter = jnp.asarray(maxiter, jnp.int32)
-        target = base.tolerance(rhs, self.rtol, self.atol)
-        rhs_norm = trees.norm(rhs)
-        out_of_steps = jnp.where(target > 0, code(Status.MAXITER), code(Status.TRUNCATED))
-        infinity, zero = jnp.full_like(rhs_norm, jnp.inf), optax.tree.zeros_like(rhs)
+        target = base.tolerance(rhs, self.rtol, self.atol) ** 2
+        rhs_square = trees.inner(rhs, rhs)
+        exhausted = out_of_steps(self.rtol, self.atol)
+        infinity, zero = jnp.full_like(rhs_square, jnp.inf), optax.tree.zeros_like(rhs)
 
         def step(state: _State) -> _State:
-            # One product a pass, so that the operator is compiled once: with p to take a step, or
-            # with the best iterate to measure its residual. Where steps follow a check, x is that
-            # iterate, for a check is due as soon as its residual is below the tolerance.
+            # One product a pass, so that the operator is compiled once: with a direction to take a
+            # step, or with the best iterate to measure its residual. Where steps follow a check, x
+            # is that iterate, for a check is due as soon as its residual is below the tolerance.
             check = state.phase != _STEP
-            image = operator.matvec(trees.where(check, state.best, state.p))
+            image = operator.matvec(state.p)
             curvature = trees.inner(state.p, image)
             alpha = jnp.where(check, 0, state.rz / curvature)
             x = trees.add_scaled(state.x, alpha, state.p)
             r = trees.where(check, rhs, state.r)
             r = trees.add_scaled(r, -jnp.where(check, 1, alpha), image)
-            norm, best = trees.norm(r), state.best
+            square, best = trees.inner(r, r), state.best
             if guess is not None:
                 # A guess worse than zero is of no use as a start: begin again from zero.
-                worse = (state.products == 0) & ~(norm <= rhs_norm)
+                worse = (state.products == 0) & ~(square <= rhs_square)
                 x, r, best = trees.where(worse, (zero, rhs, zero), (x, r, best))
-                norm = jnp.where(worse, infinity, norm)
+                square = jnp.where(worse, infinity, square)
             z = apply_preconditioner(r)
             rz = trees.inner(r, z)
             beta = jnp.where(check, 0, rz / state.rz)
 
             rounding = trees.epsilon(rhs) * state.largest * state.size
-            good = ~check & (curvature > 0.5 * rounding) & jnp.isfinite(norm) & (rz >= 0)
-            better = good & (norm < state.best_norm)
-            checked = check & jnp.isfinite(state.best_norm)
+            good = ~check & (curvature > 0.5 * rounding) & jnp.isfinite(square) & (rz >= 0)
+            better = good & (square < state.best_square)
+            checked = check & jnp.isfinite(state.best_square)
+            best = trees.where(better, x, best)
             iterations = state.iterations + good.astype(jnp.int32)
 
             # After a step: carry on, or check the iterate that is to be returned.
             small = jnp.abs(curvature) <= 8 * rounding
             failed = jnp.where(small | (rz < 0), code(Status.BREAKDOWN), code(Status.INDEFINITE))
-            failed = jnp.where(
-                jnp.isfinite(curvature) & (jnp.isfinite(norm + rz) | small),
-                failed,
-                code(Status.NONFINITE),
-            )
-            after_step = jnp.where(norm <= target, _CHECK, _STEP)
-            after_step = jnp.where(iterations < maxiter, after_step, _last_check(out_of_steps))
+            finite = jnp.isfinite(curvature) & (jnp.isfinite(square + rz) | small)
+            failed = jnp.where(finite, failed, code(Status.NONFINITE))
+            after_step = jnp.where(square <= target, _CHECK, _STEP)
+            after_step = jnp.where(iterations < maxiter, after_step, _last_check(exhausted))
             after_step = jnp.where(good, after_step, _last_check(failed))
 
             # After a check: done, or restart from the true residual; a second restart without
             # progress is the end of what this precision allows.
-            floor = jnp.where(
-                norm <= base.attainable(rhs) * rhs_norm,
-                code(Status.CONVERGED),
-                code(Status.BREAKDOWN),
-            )
-            after_check = jnp.where(norm > 0.5 * state.checked_norm, floor, _STEP)
+            stuck = square > 0.25 * state.checked_square
+            after_check = jnp.where(stuck, code(Status.BREAKDOWN), _STEP)
             is_last = state.phase < _CHECK
             after_check = jnp.where(is_last, _last_check(state.phase), after_check)
-            after_check = jnp.where(norm <= target, code(Status.CONVERGED), after_check)
+            after_check = jnp.where(square <= target, code(Status.CONVERGED), after_check)
+            phase = jnp.where(check, after_check, after_step)
+            # Not by beta = 0 alone, for after a check of a bad guess p may be infinite.
+            direction = trees.where(check, z, trees.add_scaled(z, beta, state.p))
             return _State(
                 x=x,
                 r=r,
-                p=trees.add_scaled(z, beta, state.p),
+                p=trees.where(phase <= _CHECK, best, direction),
                 rz=rz,
                 size=rz + beta**2 * state.size,
                 largest=jnp.where(
                     good, jnp.maximum(state.largest, curvature / state.size), state.largest
                 ),
-                best=trees.where(better, x, best),
-                best_norm=jnp.where(better | checked, norm, state.best_norm),
-                checked_norm=jnp.where(check, norm, state.checked_norm),
-                phase=jnp.where(check, after_check, after_step),
+                best=best,
+                best_square=jnp.where(better | checked, square, state.best_square),
+                checked_square=jnp.where(check, square, state.checked_square),
+                phase=phase,
                 iterations=iterations,
                 products=state.products + 1,
             )
@@ -176,31 +173,34 @@ class CG(base.LinearSolver):
         z = apply_preconditioner(rhs)
         rz = trees.inner(rhs, z)
         if guess is None:
-            first, first_norm = zero, infinity
-            phase = jnp.where(maxiter > 0, _STEP, out_of_steps)
+            first, first_square, p = zero, infinity, z
+            phase = jnp.where(maxiter > 0, _STEP, exhausted)
         else:  # the first product measures the guess, whatever `maxiter` is
-            first, first_norm = trees.where(rhs_norm > 0, guess, zero), rhs_norm
-            phase = jnp.where(maxiter > 0, _CHECK, _last_check(out_of_steps))
-        phase = jnp.where(jnp.isfinite(rhs_norm), phase, code(Status.NONFINITE))
+            first, first_square = trees.where(rhs_square > 0, guess, zero), rhs_square
+            p, phase = first, jnp.where(maxiter > 0, _CHECK, _last_check(exhausted))
+        phase = jnp.where(jnp.isfinite(rhs_square), phase, code(Status.NONFINITE))
         start = _State(
             x=first,
             r=rhs,
-            p=z,
+            p=p,
             rz=rz,
             size=rz,
-            largest=jnp.zeros_like(rhs_norm),
+            largest=jnp.zeros_like(rhs_square),
             best=first,
-            best_norm=first_norm,
-            checked_norm=infinity,
-            phase=jnp.where(rhs_norm > 0, phase, code(Status.CONVERGED)),
+            best_square=first_square,
+            checked_square=infinity,
+            phase=jnp.where(rhs_square > 0, phase, code(Status.CONVERGED)),
             iterations=jnp.zeros((), jnp.int32),
             products=jnp.zeros((), jnp.int32),
         )
         end = jax.lax.while_loop(lambda state: state.phase < 0, step, start)
 
         # Never a zero in place of a solution: without any iterate the result is NaN.
-        empty = jnp.isinf(end.best_norm) & (rhs_norm > 0)
-        residual = jnp.where(empty, rhs_norm, end.best_norm)
-        residual = jnp.where(rhs_norm > 0, residual / jnp.where(rhs_norm > 0, rhs_norm, 1), 0)
+        empty = jnp.isinf(end.best_square) & (rhs_square > 0)
         solution = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), end.best)
-        return solution, LinearReport(end.phase, end.iterations, end.products, residual)
+        relative = jnp.where(empty, rhs_square, end.best_square)
+        relative = relative / jnp.where(rhs_square > 0, rhs_square, 1)
+        residual = jnp.where(rhs_square > 0, jnp.sqrt(relative), 0)
+        done = (end.phase == Status.BREAKDOWN) & (relative <= base.attainable(rhs) ** 2)
+        status = jnp.where(done, code(Status.CONVERGED), end.phase)
+        return solution, LinearReport(status, end.iterations, end.products, residual)

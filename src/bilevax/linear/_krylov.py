@@ -12,7 +12,7 @@ from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._operator import LinearOperator
 from bilevax._results import LinearReport
-from bilevax._status import Status, code
+from bilevax._status import Status, code, out_of_steps
 from bilevax.linear import _base as base
 from bilevax.linear._units import first_iterate, rescale, unit_sized
 
@@ -118,7 +118,7 @@ class GMRES(base.LinearSolver):
         first = _Cycle(x, r, trees.norm(r), none, jnp.zeros((), bool))
         x, _, norm, cycles, stuck = jax.lax.while_loop(proceed, cycle, first)
         relative = norm / jnp.where(rhs_norm > 0, rhs_norm, 1)
-        status = jnp.where(target > 0, code(Status.MAXITER), code(Status.TRUNCATED))
+        status = out_of_steps(self.rtol, self.atol)
         status = jnp.where(stuck, code(Status.BREAKDOWN), status)
         floor = (norm <= target) | (stuck & (relative <= base.attainable(rhs)))
         status = jnp.where(floor, code(Status.CONVERGED), status)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from bilevax import _trees as trees
 from bilevax._operator import LinearOperator
 from bilevax._results import LinearReport
-from bilevax._status import Status, code
+from bilevax._status import Status, code, out_of_steps
 from bilevax.linear import _base as base
 from bilevax.linear._units import first_iterate, rescale, unit_sized
 
@@ -131,10 +131,10 @@ class NormalCG(base.LinearSolver):
         end = jax.lax.while_loop(proceed, step, start_from(trees.scale(unit, first), residual))
 
         relative, status = base.measure(operator, end.x, rhs, self.rtol, self.atol)
-        out_of_steps = jnp.where(target > 0, code(Status.MAXITER), code(Status.TRUNCATED))
+        exhausted = out_of_steps(self.rtol, self.atol)
         unfinished = (status == Status.BREAKDOWN) & (end.iterations >= maxiter)
         unfinished = unfinished & has_direction(end)
-        status = jnp.where(unfinished, out_of_steps, status)
+        status = jnp.where(unfinished, exhausted, status)
         products = 2 * end.iterations + 3 + (guess is not None)
         empty = (end.iterations == 0) & (trees.norm(rhs) > 0) & ~is_guess
         x = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), end.x)
