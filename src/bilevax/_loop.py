@@ -31,7 +31,7 @@ def run(
       The last iterate and a `SolveReport`.
     """
     first = solver.init(problem, x0, y)
-    initial_norm = trees.norm(first.optimality)
+    initial_norm = first.residual
     dtype = initial_norm.dtype
     rtol = jnp.asarray(stopping_rtol(solver, x0), dtype)
     atol = jnp.asarray(10 * trees.epsilon(x0) if solver.atol is None else solver.atol, dtype)
@@ -46,21 +46,18 @@ def run(
         status = jnp.where(norm <= target, code(Status.CONVERGED), status)
         return jnp.where(jnp.isfinite(norm), status, code(Status.NONFINITE))
 
-    def step(
-        state: tuple[Iterate, jax.Array, jax.Array, jax.Array],
-    ) -> tuple[Iterate, jax.Array, jax.Array, jax.Array]:
-        iterate, iterations, _, _ = state
+    def step(state: tuple[Iterate, jax.Array, jax.Array]) -> tuple[Iterate, jax.Array, jax.Array]:
+        iterate, iterations, _ = state
         iterate = solver.step(problem, iterate, y)
-        norm = trees.norm(iterate.optimality)
         iterations = iterations + 1
-        return iterate, iterations, norm, judge(norm, iterations, iterate.stalled)
+        return iterate, iterations, judge(iterate.residual, iterations, iterate.stalled)
 
     none = jnp.zeros((), jnp.int32)
-    start = (first, none, initial_norm, judge(initial_norm, none, False))
-    iterate, iterations, norm, status = jax.lax.while_loop(
-        lambda state: state[3] == _RUNNING, step, start
+    start = (first, none, judge(initial_norm, none, False))
+    iterate, iterations, status = jax.lax.while_loop(
+        lambda state: state[2] == _RUNNING, step, start
     )
-    return iterate.x, SolveReport(status, iterations, norm, initial_norm)
+    return iterate.x, SolveReport(status, iterations, iterate.residual, initial_norm)
 
 
 def stopping_rtol(solver: Solver, x: PyTree) -> Any:

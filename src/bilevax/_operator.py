@@ -39,22 +39,32 @@ class LinearOperator:
       matvec: v -> A v.
       structure: what is declared of A.
       like: a pytree of arrays (or shapes) that gives the structure of v.
+      complement: v -> v - A v, where that is at hand without a subtraction, as T_1 is for
+        A = I - T_1; else None.
     """
 
     matvec: Callable[[PyTree], PyTree]
     structure: Structure
     like: PyTree
+    complement: Callable[[PyTree], PyTree] | None = None
 
     @property
     def transpose(self) -> "LinearOperator":
         """The operator v -> A^T v."""
         if self.structure.is_symmetric:
             return self
-        transposed = jax.linear_transpose(self.matvec, self.like)
-        return dataclasses.replace(self, matvec=lambda v: transposed(v)[0])
+
+        def transposed(function: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
+            transpose = jax.linear_transpose(function, self.like)
+            return lambda v: transpose(v)[0]
+
+        complement = None if self.complement is None else transposed(self.complement)
+        return LinearOperator(transposed(self.matvec), self.structure, self.like, complement)
 
     def damped(self, damping: Any) -> "LinearOperator":
         """Return the operator A + damping * I."""
-        return dataclasses.replace(
-            self, matvec=lambda v: trees.add_scaled(self.matvec(v), damping, v)
-        )
+        return self.with_matvec(lambda v: trees.add_scaled(self.matvec(v), damping, v))
+
+    def with_matvec(self, matvec: Callable[[PyTree], PyTree]) -> "LinearOperator":
+        """Return an operator of the same structure on the same vectors."""
+        return LinearOperator(matvec, self.structure, self.like)

@@ -39,6 +39,10 @@ class Problem(abc.ABC):
     def optimality(self, x: PyTree, y: PyTree) -> PyTree:
         """Return F(x, y), a pytree like x."""
 
+    def image(self, x: PyTree, y: PyTree) -> PyTree:
+        """Return T(x, y) = x - F(x, y), of which the solution is a fixed point."""
+        return optax.tree.sub(x, self.optimality(x, y))
+
     @abc.abstractmethod
     def check(self, x: PyTree, y: PyTree) -> None:
         """Raise a `TypeError` if the function does not fit x; costs nothing at run time."""
@@ -117,8 +121,18 @@ class Root(Problem):
 class FixedPoint(Problem):
     """x*(y) = T(x*(y), y); F = x - T(x, y) and F_1 = I - T_1."""
 
+    def image(self, x: PyTree, y: PyTree) -> PyTree:
+        return self.function(x, y)
+
     def optimality(self, x: PyTree, y: PyTree) -> PyTree:
-        return optax.tree.sub(x, self.function(x, y))
+        return optax.tree.sub(x, self.image(x, y))
+
+    def linearize(self, x: PyTree, y: PyTree) -> tuple[PyTree, LinearOperator]:
+        image, product = jax.linearize(lambda x: self.image(x, y), x)
+        jacobian = LinearOperator(
+            lambda v: optax.tree.sub(v, product(v)), self.structure, x, complement=product
+        )
+        return optax.tree.sub(x, image), jacobian
 
     def check(self, x: PyTree, y: PyTree) -> None:
         checks.inner_variable(x)

@@ -7,6 +7,7 @@ for A and A^T, and are differentiable to any order without a look inside the sol
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -137,6 +138,7 @@ class _System:
 
     solver: LinearSolver
     matvec: Partial  # its leaves are what A depends on
+    complement: Partial | None
     prepared: PyTree
     structure: Structure = dataclasses.field(metadata={"static": True})
     transposed: bool = dataclasses.field(metadata={"static": True})
@@ -157,7 +159,8 @@ class _System:
         def flatten(function: Callable[[PyTree], PyTree]) -> Callable[[jax.Array], jax.Array]:
             return lambda v: ravel_pytree(function(unravel(v)))[0]
 
-        operator = LinearOperator(flatten(operator.matvec), operator.structure, b)
+        complement = None if operator.complement is None else flatten(operator.complement)
+        operator = LinearOperator(flatten(operator.matvec), operator.structure, b, complement)
         if solver.damping is not None:
             operator = operator.damped(solver.damping)
         preconditioner = getattr(solver, "preconditioner", None)
@@ -166,14 +169,20 @@ class _System:
             solver = dataclasses.replace(solver, preconditioner=explicit)  # type: ignore[type-var]
         prepared = jax.lax.stop_gradient(solver.prepare(operator))
         product = operator.transpose if transposed else operator
-        matvec = make_explicit(product.matvec, b)
-        structure = operator.structure
-        return cls(solver, matvec, prepared, structure, transposed, on_failure), b, unravel
+        if product.complement is None:
+            complement, matvec = None, make_explicit(product.matvec, b)
+        else:
+            complement = make_explicit(product.complement, b)
+            matvec = Partial(_subtract_product, complement)
+        system = cls(
+            solver, matvec, complement, prepared, operator.structure, transposed, on_failure
+        )
+        return system, b, unravel
 
     def run(
-        self, matvec: Callable[..., jax.Array], b: jax.Array, guess: jax.Array | None, swap: bool
+        self, operator: LinearOperator, b: jax.Array, guess: jax.Array | None, swap: bool
     ) -> tuple[jax.Array, LinearReport]:
-        """Normalise b, solve, apply the policy; `swap` says that `matvec` is transposed."""
+        """Normalise b, solve, apply the policy; `swap` says that the operator is transposed."""
         size = trees.max_abs(b)
         finite = jnp.isfinite(size)
         unit = jnp.where(finite & (size > 0), size, 1)
@@ -181,7 +190,7 @@ class _System:
         if hasattr(solver, "atol"):
             solver = dataclasses.replace(solver, atol=solver.atol / unit)
         v, report = solver.solve(
-            LinearOperator(matvec, self.structure, b),
+            operator,
             b / unit,
             guess=None if guess is None else guess / unit,
             prepared=self.prepared,
@@ -197,7 +206,8 @@ class _System:
 def _solve(
     system: _System, guess: jax.Array | None, b: jax.Array
 ) -> tuple[jax.Array, LinearReport]:
-    return system.run(system.matvec, b, guess, swap=False)
+    operator = LinearOperator(system.matvec, system.structure, b, system.complement)
+    return system.run(operator, b, guess, swap=False)
 
 
 @_solve.defjvp
@@ -215,13 +225,20 @@ def _solve_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def _solve_transposably(system: _System, b: jax.Array) -> jax.Array:
+    def solve(swap: bool, matvec: Callable[..., jax.Array], b: jax.Array) -> jax.Array:
+        return system.run(LinearOperator(matvec, system.structure, b), b, None, swap)[0]
+
     return jax.lax.custom_linear_solve(
         system.matvec,
         b,
-        solve=lambda matvec, b: system.run(matvec, b, None, swap=False)[0],
-        transpose_solve=lambda matvec, b: system.run(matvec, b, None, swap=True)[0],
+        solve=functools.partial(solve, False),
+        transpose_solve=functools.partial(solve, True),
         symmetric=system.structure.is_symmetric,
     )
+
+
+def _subtract_product(complement: Partial, v: jax.Array) -> jax.Array:
+    return v - complement(v)
 
 
 def measure(

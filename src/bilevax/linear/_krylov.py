@@ -87,7 +87,7 @@ class GMRES(base.LinearSolver):
     ) -> tuple[PyTree, LinearReport]:
         precondition = base.preconditioner_of(self, rhs, transposed)
         # Preconditioned from the right, A M u = b and v = M u: the residual is that of v.
-        product = dataclasses.replace(operator, matvec=lambda u: operator.matvec(precondition(u)))
+        product = operator.with_matvec(lambda u: operator.matvec(precondition(u)))
         unit_product, size = unit_sized(product, rhs)
         restart = min(self.restart, trees.dimension(rhs))
         rhs_norm = trees.norm(rhs)

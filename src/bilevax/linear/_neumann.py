@@ -24,14 +24,15 @@ class Neumann(base.LinearSolver):
 
         v = step_size * sum over k < steps of (I - step_size * A)^k b
 
-    On a fixed point x = T(x, y), where A = I - T_1, and with `step_size=1` this is the recursion
-    v <- T_1^T v + g_1 of AID-FP. It converges where the spectral radius of I - step_size * A is
-    below 1, and needs no structure of A. One product per term, the last for the residual.
+    On a fixed point x = T(x, y), where A = I - T_1, the plain series (`step_size=None`) is the
+    recursion v <- T_1^T v + g_1 of AID-FP. It converges where the spectral radius of
+    I - step_size * A is below 1, and needs no structure of A. One product per term, the last for
+    the residual.
 
     Args:
       steps: number of terms.
-      step_size: scale of A in the series, in the unit of 1 / A. For a Hessian with largest
-        eigenvalue L, any value below 2 / L converges and 1 / L is the usual choice.
+      step_size: scale of A in the series, in the unit of 1 / A; None is 1. For a Hessian with
+        largest eigenvalue L, any value below 2 / L converges and 1 / L is the usual choice.
       damping: sums the series of A + damping * I.
 
     Returned status:
@@ -51,7 +52,7 @@ class Neumann(base.LinearSolver):
 
     steps: Any
     _: dataclasses.KW_ONLY
-    step_size: Any = 1.0
+    step_size: Any = None
     damping: Any = None
 
     def __post_init__(self) -> None:
@@ -73,8 +74,11 @@ class Neumann(base.LinearSolver):
         # by its terms alone, so guesses are not used.
         def step(_: Any, state: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
             v, r = state
-            v = trees.add_scaled(v, self.step_size, r)
-            return v, trees.add_scaled(r, -jnp.asarray(self.step_size), operator.matvec(r))
+            if self.step_size is None and operator.complement is not None:
+                return optax.tree.add(v, r), operator.complement(r)
+            step_size = jnp.asarray(1 if self.step_size is None else self.step_size)
+            v = trees.add_scaled(v, step_size, r)
+            return v, trees.add_scaled(r, -step_size, operator.matvec(r))
 
         v, r = jax.lax.fori_loop(0, self.steps, step, (optax.tree.zeros_like(rhs), rhs))
         size, residual = trees.norm(rhs), trees.norm(r)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from bilevax import _trees as trees
 from bilevax._operator import LinearOperator
 from bilevax._results import LinearReport
-from bilevax._status import Status, code, out_of_steps
+from bilevax._status import Status, out_of_steps
 from bilevax.linear import _base as base
 from bilevax.linear._units import first_iterate, rescale, unit_sized
 

@@ -1,6 +1,5 @@
 """Systems of unit size, for methods that square numbers or compare them with absolute constants."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ def unit_sized(operator: LinearOperator, rhs: PyTree) -> tuple[LinearOperator, j
     largest = jnp.where(largest == 0, 1, largest)
     size = largest * trees.norm(rescale(image, largest)) / jnp.where(rhs_norm > 0, rhs_norm, 1)
     size = jnp.where(size == 0, 1, size)
-    return dataclasses.replace(operator, matvec=lambda v: rescale(operator.matvec(v), size)), size
+    return operator.with_matvec(lambda v: rescale(operator.matvec(v), size)), size
 
 
 def rescale(tree: PyTree, size: jax.Array) -> PyTree:

@@ -3,6 +3,8 @@
 import abc
 from typing import Any, NamedTuple
 
+import jax
+
 from bilevax import _checks as checks
 from bilevax._problems import Minimum, Problem
 
@@ -14,13 +16,13 @@ class Iterate(NamedTuple):
 
     Attributes:
       x: the current point.
-      optimality: F(x, y), which the loop reads to decide when to stop.
-      state: what the solver carries from step to step (momentum, step size, ...).
+      residual: ||F(x, y)||, which the loop reads to decide when to stop.
+      state: what the solver carries from step to step (F(x, y), momentum, step size, ...).
       stalled: whether the last step could not improve x; ends the loop.
     """
 
     x: PyTree
-    optimality: PyTree
+    residual: jax.Array
     state: PyTree = ()
     stalled: Any = False
 

@@ -17,6 +17,7 @@ PyTree = Any
 
 class _State(NamedTuple):
     value: jax.Array
+    optimality: PyTree
     direction: PyTree
     step_size: jax.Array
 
@@ -70,13 +71,12 @@ class ConjugateGradient(base.Solver):
         point = evaluate(base.require_minimum(problem, "ConjugateGradient"), x, y)
         direction = trees.negative(point.optimality)
         step_size = 0.5 / jnp.maximum(point.norm, 1)
-        state = _State(point.value, direction, step_size)
-        return base.Iterate(x, point.optimality, state, False)
+        state = _State(point.value, point.optimality, direction, step_size)
+        return base.Iterate(x, point.norm, state, False)
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
-        value, direction, last_step = iterate.state
-        optimality = iterate.optimality
-        norm = trees.norm(optimality)
+        value, optimality, direction, last_step = iterate.state
+        norm = iterate.residual
         _, jacobian = problem.linearize(iterate.x, y)
         curvature = trees.inner(direction, jacobian.matvec(direction))
         exact = -trees.inner(optimality, direction) / curvature
@@ -91,5 +91,5 @@ class ConjugateGradient(base.Solver):
         direction = trees.add_scaled(steepest, beta, direction)
         descends = trees.inner(point.optimality, direction) < 0
         direction = trees.where(descends, direction, steepest)
-        state = _State(point.value, direction, trial.step_size)
-        return base.Iterate(point.x, point.optimality, state, ~trial.accepted)
+        state = _State(point.value, point.optimality, direction, trial.step_size)
+        return base.Iterate(point.x, point.norm, state, ~trial.accepted)

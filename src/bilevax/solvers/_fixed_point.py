@@ -17,6 +17,7 @@ PyTree = Any
 
 
 class _History(NamedTuple):
+    image: PyTree  # T(x, y)
     moves: jax.Array  # (memory, dim): differences of successive iterates
     changes: jax.Array  # (memory, dim): differences of successive F
     steps: jax.Array
@@ -25,14 +26,17 @@ class _History(NamedTuple):
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class FixedPointIteration(base.Solver):
-    """Fixed-point iteration: x <- x - damping * F(x, y), where F = x - T(x, y).
+    """Fixed-point iteration: Picard's x <- T(x, y), damped, or accelerated.
 
-    With `damping=1` that is Picard's x <- T(x, y). With `memory` > 0 it is Anderson acceleration:
-    the last `memory` differences of x and F give the combination of iterates whose linearised
-    residual is smallest. On a minimum or a root, F is the gradient or the residual itself.
+        x <- x - damping * F(x, y),   F = x - T(x, y)
+
+    With `memory` > 0 it is Anderson acceleration: the last `memory` differences of x and F give
+    the combination of iterates whose linearised residual is smallest. On a minimum or a root, F is
+    the gradient or the residual itself, and T = x - F.
 
     Args:
-      damping: the part of the step that is taken, above 0; above 1 over-relaxes.
+      damping: the part of the step that is taken, above 0; above 1 over-relaxes. None takes the
+        whole step.
       rtol: stop at ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol).
       atol: see `rtol`; in the unit of F.
       maxiter: steps at most.
@@ -53,7 +57,7 @@ class FixedPointIteration(base.Solver):
       D. G. Anderson, "Iterative Procedures for Nonlinear Integral Equations", 1965.
     """
 
-    damping: Any = 1.0
+    damping: Any = None
     rtol: Any = None
     atol: Any = None
     maxiter: Any = 1000
@@ -66,41 +70,47 @@ class FixedPointIteration(base.Solver):
         checks.not_negative("memory", self.memory)
 
     def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
-        optimality = problem.optimality(x, y)
+        image = problem.image(x, y)
+        residual = trees.norm(optax.tree.sub(x, image))
         if self.memory == 0:
-            return base.Iterate(x, optimality)
+            return base.Iterate(x, residual, image)
         empty = jnp.zeros((self.memory, trees.dimension(x)), trees.dtype(x))
-        return base.Iterate(x, optimality, _History(empty, empty, jnp.zeros((), jnp.int32)))
+        history = _History(image, empty, empty, jnp.zeros((), jnp.int32))
+        return base.Iterate(x, residual, history)
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
-        move = trees.scale(-jnp.asarray(self.damping), iterate.optimality)
-        if self.memory > 0:
-            move = self._accelerate(move, iterate)
-        x = trees.add_scaled(iterate.x, 1, move)
-        optimality = problem.optimality(x, y)
         if self.memory == 0:
-            return base.Iterate(x, optimality)
-        moves, changes, steps = iterate.state
+            x = iterate.state
+            if self.damping is not None:
+                move = optax.tree.sub(iterate.state, iterate.x)
+                x = trees.add_scaled(iterate.x, self.damping, move)
+            image = problem.image(x, y)
+            return base.Iterate(x, trees.norm(optax.tree.sub(x, image)), image)
+        previous, moves, changes, steps = iterate.state
+        optimality = optax.tree.sub(iterate.x, previous)
+        move = self._accelerate(optimality, moves, changes)
+        x = optax.tree.add(iterate.x, move)
+        image = problem.image(x, y)
+        following = optax.tree.sub(x, image)
         slot = steps % self.memory
-        change = optax.tree.sub(optimality, iterate.optimality)
         history = _History(
+            image,
             moves.at[slot].set(ravel_pytree(move)[0]),
-            changes.at[slot].set(ravel_pytree(change)[0]),
+            changes.at[slot].set(ravel_pytree(optax.tree.sub(following, optimality))[0]),
             steps + 1,
         )
-        return base.Iterate(x, optimality, history)
+        return base.Iterate(x, trees.norm(following), history)
 
-    def _accelerate(self, move: PyTree, iterate: base.Iterate) -> PyTree:
+    def _accelerate(self, optimality: PyTree, moves: jax.Array, changes: jax.Array) -> PyTree:
         # gamma minimises ||F - changes^T gamma||; the move is then that of the combined iterate,
         # -damping F - (moves - damping changes)^T gamma. The rows of changes are scaled to length
         # one, so that a ridge of the size of rounding keeps the small system regular, and rows
         # that are not in use yet (zero) get weight zero.
-        moves, changes, _ = iterate.state
-        flat, unravel = ravel_pytree(iterate.optimality)
+        flat, unravel = ravel_pytree(optimality)
+        damping = jnp.asarray(1 if self.damping is None else self.damping, flat.dtype)
         lengths = jnp.linalg.norm(changes, axis=1)
         lengths = jnp.where(lengths > 0, lengths, 1)
         rows = changes / lengths[:, None]
         ridge = 10 * jnp.finfo(flat.dtype).eps * jnp.eye(self.memory, dtype=flat.dtype)
         gamma = jnp.linalg.solve(rows @ rows.T + ridge, rows @ flat) / lengths
-        correction = (moves - jnp.asarray(self.damping, flat.dtype) * changes).T @ gamma
-        return trees.add_scaled(move, -1, unravel(correction))
+        return unravel(-damping * flat - (moves - damping * changes).T @ gamma)

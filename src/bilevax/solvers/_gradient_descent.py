@@ -17,6 +17,7 @@ PyTree = Any
 
 class _SearchState(NamedTuple):
     value: jax.Array
+    optimality: PyTree
     step_size: jax.Array
 
 
@@ -62,26 +63,30 @@ class GradientDescent(base.Solver):
 
     def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
         if not isinstance(self.learning_rate, Backtracking):
-            return base.Iterate(x, problem.optimality(x, y))
+            optimality = problem.optimality(x, y)
+            return base.Iterate(x, trees.norm(optimality), optimality)
         point = evaluate(base.require_minimum(problem, "Backtracking"), x, y)
         # No step is known to be good yet: start from a move of unit length, or less.
         step_size = 0.5 / jnp.maximum(point.norm, 1)
-        return base.Iterate(x, point.optimality, _SearchState(point.value, step_size), False)
+        state = _SearchState(point.value, point.optimality, step_size)
+        return base.Iterate(x, point.norm, state, False)
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
         if not isinstance(self.learning_rate, Backtracking):
-            x = trees.add_scaled(iterate.x, -jnp.asarray(self.learning_rate), iterate.optimality)
-            return base.Iterate(x, problem.optimality(x, y))
+            x = trees.add_scaled(iterate.x, -jnp.asarray(self.learning_rate), iterate.state)
+            optimality = problem.optimality(x, y)
+            return base.Iterate(x, trees.norm(optimality), optimality)
         state = iterate.state
-        start = Point(iterate.x, state.value, iterate.optimality, trees.norm(iterate.optimality))
-        direction = trees.negative(iterate.optimality)
+        start = Point(iterate.x, state.value, state.optimality, iterate.residual)
+        direction = trees.negative(state.optimality)
         trial = backtrack(self.learning_rate, problem, start, y, direction, 2 * state.step_size)
         point = trial.point
-        state = _SearchState(point.value, trial.step_size)
-        return base.Iterate(point.x, point.optimality, state, ~trial.accepted)
+        state = _SearchState(point.value, point.optimality, trial.step_size)
+        return base.Iterate(point.x, point.norm, state, ~trial.accepted)
 
 
 class _Momentum(NamedTuple):
+    optimality: PyTree
     previous: PyTree  # the last gradient step, before extrapolation
     weight: jax.Array  # Nesterov's t
 
@@ -130,16 +135,17 @@ class AcceleratedGradient(base.Solver):
         checks.positive("learning_rate", self.learning_rate)
 
     def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
-        weight = jnp.ones((), trees.dtype(x))
-        return base.Iterate(x, problem.optimality(x, y), _Momentum(x, weight))
+        optimality, weight = problem.optimality(x, y), jnp.ones((), trees.dtype(x))
+        return base.Iterate(x, trees.norm(optimality), _Momentum(optimality, x, weight))
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
         state = iterate.state
         step_size = -jnp.asarray(self.learning_rate)
-        gradient_step = trees.add_scaled(iterate.x, step_size, iterate.optimality)
+        gradient_step = trees.add_scaled(iterate.x, step_size, state.optimality)
         move = trees.add_scaled(gradient_step, -1, state.previous)
-        weight = jnp.where(trees.inner(iterate.optimality, move) > 0, 1, state.weight)
+        weight = jnp.where(trees.inner(state.optimality, move) > 0, 1, state.weight)
         next_weight = (1 + jnp.sqrt(1 + 4 * weight**2)) / 2
         x = trees.add_scaled(gradient_step, (weight - 1) / next_weight, move)
-        state = _Momentum(gradient_step, next_weight)
-        return base.Iterate(x, problem.optimality(x, y), state)
+        optimality = problem.optimality(x, y)
+        state = _Momentum(optimality, gradient_step, next_weight)
+        return base.Iterate(x, trees.norm(optimality), state)

@@ -19,6 +19,7 @@ PyTree = Any
 
 class _State(NamedTuple):
     value: jax.Array
+    optimality: PyTree
     initial_norm: jax.Array
 
 
@@ -71,11 +72,12 @@ class Newton(base.Solver):
 
     def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
         point = evaluate(problem, x, y)
-        return base.Iterate(x, point.optimality, _State(point.value, point.norm), False)
+        state = _State(point.value, point.optimality, point.norm)
+        return base.Iterate(x, point.norm, state, False)
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
-        state, optimality = iterate.state, iterate.optimality
-        norm = trees.norm(optimality)
+        state, norm = iterate.state, iterate.residual
+        optimality = state.optimality
         solver = self.linear_solver
         if solver is None:
             forcing = jnp.minimum(0.1, jnp.sqrt(norm / state.initial_norm))
@@ -91,5 +93,6 @@ class Newton(base.Solver):
             direction = trees.where(descends, direction, steepest)
         start = Point(iterate.x, state.value, optimality, norm)
         trial = backtrack(self.line_search, problem, start, y, direction, 1.0)
-        state = _State(trial.point.value, state.initial_norm)
-        return base.Iterate(trial.point.x, trial.point.optimality, state, ~trial.accepted)
+        point = trial.point
+        state = _State(point.value, point.optimality, state.initial_norm)
+        return base.Iterate(point.x, point.norm, state, ~trial.accepted)

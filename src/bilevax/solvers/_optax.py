@@ -17,6 +17,7 @@ PyTree = Any
 
 
 class _State(NamedTuple):
+    optimality: PyTree
     optimizer: PyTree
     value: jax.Array | None
 
@@ -75,17 +76,17 @@ class Optax(base.Solver):
         return self._iterate(problem, x, y, self.transformation.init(x))
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
-        state, optimality = iterate.state, iterate.optimality
+        state = iterate.state
         extra = {}
         if state.value is not None and isinstance(problem, Minimum):
             objective = problem.function
             extra = {
                 "value": state.value,
-                "grad": optimality,
+                "grad": state.optimality,
                 "value_fn": lambda x: objective(x, y),
             }
         updates, optimizer = self.transformation.update(
-            optimality, state.optimizer, iterate.x, **extra
+            state.optimality, state.optimizer, iterate.x, **extra
         )
         if self.learning_rate is not None:
             updates = trees.scale(-jax.numpy.asarray(self.learning_rate), updates)
@@ -95,8 +96,10 @@ class Optax(base.Solver):
         wants_value = isinstance(self.transformation, optax.GradientTransformationExtraArgs)
         if wants_value and isinstance(problem, Minimum):
             value, optimality = problem.value_and_optimality(x, y)
-            return base.Iterate(x, optimality, _State(optimizer, value))
-        return base.Iterate(x, problem.optimality(x, y), _State(optimizer, None))
+        else:
+            value, optimality = None, problem.optimality(x, y)
+        state = _State(optimality, optimizer, value)
+        return base.Iterate(x, trees.norm(optimality), state)
 
 
 def _is_plain(transformation: Any) -> bool:
