@@ -131,7 +131,7 @@ def entry_points(x0, y):
     yield "x0", lambda: solve_map().with_report(x0, y)
     yield "x0", lambda: solve_map(rule=bx.Implicit(mode="forward"))(x0, y)
     yield "x0", lambda: bx.implicit_function(bx.minimum(quadratic), lambda x0, y: x0)(x0, y)
-    yield "warm.x", lambda: engine()(y, bx.WarmStart(x0, x0))
+    yield "warm.x", lambda: engine()(y, bx.WarmStart(x0, x0, x0))
     yield "x", lambda: bx.Implicit().refine(bx.minimum(quadratic), x0, y)
     yield "x", lambda: bx.Implicit().pullback(bx.minimum(quadratic), x0, y, X0)
     yield "x", lambda: bx.Implicit().pushforward(bx.minimum(quadratic), x0, y, Y)
@@ -430,7 +430,7 @@ def test_a_warm_start_of_the_wrong_kind():
     assert_fails(TypeError, message, engine(), Y, X0)
     assert_fails(TypeError, message, engine(), Y, (X0, X0))
     assert_fails(TypeError, message, engine(), Y, None)
-    warm = bx.WarmStart(X0, np.zeros(3))
+    warm = bx.WarmStart(X0, np.zeros(3), X0)
     message = "`warm.adjoint` must have shapes and dtypes like `warm.x`: `warm.x` is float64[2], "
     assert_fails(TypeError, message + "got float64[3].", engine(), Y, warm)
 

@@ -161,7 +161,7 @@ def test_a_warm_start_at_a_nearby_y_takes_fewer_iterations():
 def test_the_start_changes_nothing_but_the_cost():
     engine = make()
     cold = engine(Y, bx.cold_start(X0))
-    poor = engine(Y, bx.WarmStart(np.array([5.0, -9.0]), np.array([1e6, -1e6])))
+    poor = engine(Y, bx.WarmStart(np.array([5.0, -9.0]), np.array([1e6, -1e6]), X0))
     np.testing.assert_allclose(poor.value, cold.value, rtol=1e-10)
     np.testing.assert_allclose(poor.gradient, cold.gradient, rtol=1e-10)
 

@@ -1,9 +1,12 @@
 """Checks of arguments while tracing: what was got, what was expected, and the argument's name."""
 
+import contextlib
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PyTree = Any
 
@@ -36,8 +39,8 @@ def is_component(name: str, value: Any, expected: type, example: str) -> None:
 def inner_variable(x: PyTree, name: str = "x") -> None:
     """Raise unless every leaf of x is a real floating array."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(x):
-        dtype = jnp.result_type(leaf)
         where = f"`{name}{jax.tree_util.keystr(path)}`"
+        dtype = _dtype(where, leaf)
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
                 f"{where} is complex ({dtype}); only real floating arrays are supported. "
@@ -53,11 +56,19 @@ def inner_variable(x: PyTree, name: str = "x") -> None:
 def outer_variable(y: PyTree) -> None:
     """Raise if a leaf of y is complex."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(y):
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+        where = f"`y{jax.tree_util.keystr(path)}`"
+        if jnp.issubdtype(_dtype(where, leaf), jnp.complexfloating):
             raise TypeError(
-                f"`y{jax.tree_util.keystr(path)}` is complex; only real arrays are supported. "
+                f"{where} is complex; only real arrays are supported. "
                 "Pass the real and imaginary parts as two leaves."
             )
+
+
+def _dtype(where: str, leaf: Any) -> Any:
+    if not isinstance(leaf, str):  # the name of a dtype is no array of it
+        with contextlib.suppress(TypeError):
+            return jnp.result_type(leaf)
+    raise TypeError(f"{where} must be an array or a number, got {leaf!r}.")
 
 
 def scalar_output(name: str, output: PyTree) -> None:
@@ -89,16 +100,41 @@ def same_structure(
             )
 
 
-def positive(name: str, value: Any) -> None:
-    """Raise if a plain number is not above zero (traced values pass)."""
+def positive(name: str, value: Any, *, whole: bool = False) -> None:
+    """Raise if a plain number is not above zero, or not whole (traced values pass)."""
+    _number(name, value)
     if isinstance(value, int | float) and not value > 0:
         raise ValueError(f"`{name}` must be positive, got {value!r}.")
+    _whole(name, value, whole)
 
 
-def not_negative(name: str, value: Any) -> None:
-    """Raise if a plain number is negative or NaN (traced values pass)."""
+def not_negative(name: str, value: Any, *, whole: bool = False) -> None:
+    """Raise if a plain number is negative or NaN, or not whole (traced values pass)."""
+    _number(name, value)
     if isinstance(value, int | float) and not value >= 0:
         raise ValueError(f"`{name}` must not be negative, got {value!r}.")
+    _whole(name, value, whole)
+
+
+def _whole(name: str, value: Any, whole: bool) -> None:
+    if whole and isinstance(value, float):
+        raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
+
+
+def _number(name: str, value: Any) -> None:
+    if value is None or isinstance(value, str):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+
+
+def single_numbers(component: Any) -> None:
+    """Raise if a number among the fields of a solver is an array: batches are for `jax.vmap`."""
+    for field in dataclasses.fields(component):
+        value = getattr(component, field.name)
+        if isinstance(value, np.ndarray | jax.Array) and value.shape != ():
+            raise TypeError(
+                f"`{field.name}` of `{type(component).__name__}` must be a single number, got "
+                f"{describe(value)}. For a batch of them, use `jax.vmap`."
+            )
 
 
 def describe(value: PyTree) -> str:

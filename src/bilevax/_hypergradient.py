@@ -31,13 +31,14 @@ class WarmStart(NamedTuple):
       x: the inner variable.
       adjoint: v of the adjoint system, a pytree like x (for a `Reparameterized` rule the entries
         are those of its z).
-      scale: the largest ||F|| at a start so far, which the relative tolerance of the inner solver
-        refers to.
+      start: the cold start x0. The relative tolerance of the inner solver refers to ||F(x0, y)||,
+        for relative to what is small already no tolerance could be met; and after a failed inner
+        solve the next one starts here.
     """
 
     x: PyTree
     adjoint: PyTree
-    scale: jax.Array | float = 0.0
+    start: PyTree
 
 
 class HypergradientReport(NamedTuple):
@@ -75,7 +76,7 @@ class Hypergradient(NamedTuple):
 
 
 def cold_start(x0: PyTree) -> WarmStart:
-    """Return the warm start of a first call: x0, and zero for the rest.
+    """Return the warm start of a first call: x0, and zero for the adjoint.
 
     Args:
       x0: where the inner solver starts, a pytree of floating arrays.
@@ -94,7 +95,7 @@ def cold_start(x0: PyTree) -> WarmStart:
     """
     checks.inner_variable(x0, "x0")
     x0 = trees.as_arrays(x0)
-    return WarmStart(x0, optax.tree.zeros_like(x0), jnp.zeros((), trees.dtype(x0)))
+    return WarmStart(x0, optax.tree.zeros_like(x0), x0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +117,12 @@ class Engine:
             )
         checks.inner_variable(warm.x, "warm.x")
         checks.outer_variable(y)
-        x = trees.as_arrays(warm.x)
-        scale = jnp.asarray(warm.scale, trees.dtype(x))
-        warm = WarmStart(x, trees.as_arrays(warm.adjoint), scale)
-        y = trees.as_arrays(y)
+        warm, y = trees.as_arrays(warm), trees.as_arrays(y)
         self.rule.check_values(warm.x, y)
-        checks.same_structure(
-            "warm.adjoint", warm.adjoint, warm.x, expected="warm.x", argument=True
-        )
+        for name in ("adjoint", "start"):
+            checks.same_structure(
+                f"warm.{name}", getattr(warm, name), warm.x, expected="warm.x", argument=True
+            )
         return _evaluate(
             self.outer,
             self.problem,
@@ -203,7 +202,8 @@ def _evaluate(
 ) -> Hypergradient:
     problem.check(warm.x, y)
     rule.check(problem, warm.x, y)
-    x, inner = loop.run(solver, problem, warm.x, y, warm.scale)
+    scale = trees.norm(problem.optimality(warm.start, y))
+    x, inner = loop.run(solver, problem, warm.x, y, scale)
     settings = Settings.following(solver.rtol, x, on_failure)
     x, correction = rule.correct(problem, x, y, settings)
     inner = inner._replace(correction=correction)
@@ -224,11 +224,13 @@ def _evaluate(
     statuses = {"inner solve": inner.status}
     if correction is not None:
         statuses["correction of x"] = correction.status
+    warm_x = x
     for what, status in statuses.items():
         failed = is_failure(status)
+        warm_x = trees.where(failed, warm.start, warm_x)
         x, value, gradient = guard(on_failure, what, failed, status, (x, value, gradient))
     # The adjoint of a `Reparameterized` rule is like z; a carry of `scan` must stay like x.
     flat, unravel = ravel_pytree(x)
     adjoint = unravel(ravel_pytree(rule_report.adjoint)[0].astype(flat.dtype))
-    following = WarmStart(x, adjoint, jnp.maximum(warm.scale, inner.initial_residual))
+    following = WarmStart(warm_x, adjoint, warm.start)
     return Hypergradient(value, gradient, x, following, report, aux[0] if aux else None)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._problems import Problem
 from bilevax._results import SolveReport
@@ -22,7 +23,8 @@ def run(
     """Iterate a solver from x0 until ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol).
 
     Where x0 is a warm start, `scale` is ||F|| at the cold one and stands in for a smaller
-    ||F(x0, y)||: relative to what is small already, no tolerance could be met.
+    ||F(x0, y)||: relative to what is small already, no tolerance could be met. One that is not
+    finite is no scale.
 
     Ends with CONVERGED; MAXITER (TRUNCATED if both tolerances are zero); STALLED where the solver
     cannot improve its iterate; DIVERGED where ||F|| has grown by 1 / eps; NONFINITE.
@@ -30,11 +32,13 @@ def run(
     Returns:
       The last iterate and a `SolveReport`.
     """
+    checks.single_numbers(solver)
     first = solver.init(problem, x0, y)
     initial_norm = first.residual
     dtype = initial_norm.dtype
     rtol = jnp.asarray(stopping_rtol(solver, x0), dtype)
     atol = jnp.asarray(10 * trees.epsilon(x0) if solver.atol is None else solver.atol, dtype)
+    scale = jnp.where(jnp.isfinite(scale), scale, 0)
     target = jnp.maximum(rtol * jnp.maximum(initial_norm, scale), atol)
     exhausted = out_of_steps(rtol, atol)
 

@@ -41,12 +41,20 @@ class LinearOperator:
       like: a pytree of arrays (or shapes) that gives the structure of v.
       complement: v -> v - A v, where that is at hand without a subtraction, as T_1 is for
         A = I - T_1; else None.
+      epsilon: relative rounding error of a product; None for that of the least precise leaf of
+        `like`.
     """
 
     matvec: Callable[[PyTree], PyTree]
     structure: Structure
     like: PyTree
     complement: Callable[[PyTree], PyTree] | None = None
+    epsilon: float | None = None
+
+    @property
+    def rounding(self) -> float:
+        """The relative rounding error of a product."""
+        return trees.epsilon(self.like) if self.epsilon is None else self.epsilon
 
     @property
     def transpose(self) -> "LinearOperator":
@@ -59,7 +67,7 @@ class LinearOperator:
             return lambda v: transpose(v)[0]
 
         complement = None if self.complement is None else transposed(self.complement)
-        return LinearOperator(transposed(self.matvec), self.structure, self.like, complement)
+        return dataclasses.replace(self, matvec=transposed(self.matvec), complement=complement)
 
     def damped(self, damping: Any) -> "LinearOperator":
         """Return the operator A + damping * I."""
@@ -67,4 +75,4 @@ class LinearOperator:
 
     def with_matvec(self, matvec: Callable[[PyTree], PyTree]) -> "LinearOperator":
         """Return an operator of the same structure on the same vectors."""
-        return LinearOperator(matvec, self.structure, self.like)
+        return dataclasses.replace(self, matvec=matvec, complement=None)

@@ -160,14 +160,16 @@ def minimum(
       A `Minimum`, a pytree.
 
     Raises:
-      TypeError: if `objective` is not callable; and, once it meets x and y, if it does not
-        return a real scalar or x has leaves that are not real floating arrays.
+      TypeError: if `objective` is not callable or `structure` not a `Structure`; and, once it
+        meets x and y, if it does not return a real scalar or x has leaves that are not real
+        floating arrays.
 
     Example:
       >>> problem = minimum(lambda x, y: 0.5 * y * x**2 - x)
       >>> float(problem.optimality(2.0, 3.0))
       5.0
     """
+    checks.is_component("structure", structure, Structure, "Structure.SYMMETRIC")
     return Minimum(_as_partial("objective", objective), structure)
 
 
@@ -188,14 +190,15 @@ def root(
       A `Root`, a pytree.
 
     Raises:
-      TypeError: if `residual` is not callable; and, once it meets x and y, if what it returns
-        has not the structure, shapes and dtypes of x.
+      TypeError: if `residual` is not callable or `structure` not a `Structure`; and, once it
+        meets x and y, if what it returns has not the structure, shapes and dtypes of x.
 
     Example:
       >>> problem = root(lambda x, y: x**3 - y)
       >>> float(problem.optimality(2.0, 3.0))
       5.0
     """
+    checks.is_component("structure", structure, Structure, "Structure.SYMMETRIC")
     return Root(_as_partial("residual", residual), structure)
 
 
@@ -217,14 +220,15 @@ def fixed_point(
       A `FixedPoint`, a pytree.
 
     Raises:
-      TypeError: if `map` is not callable; and, once it meets x and y, if what it returns has
-        not the structure, shapes and dtypes of x.
+      TypeError: if `map` is not callable or `structure` not a `Structure`; and, once it meets
+        x and y, if what it returns has not the structure, shapes and dtypes of x.
 
     Example:
       >>> problem = fixed_point(lambda x, y: 0.5 * x + y)
       >>> float(problem.optimality(2.0, 3.0))
       -2.0
     """
+    checks.is_component("structure", structure, Structure, "Structure.SYMMETRIC")
     return FixedPoint(_as_partial("map", map), structure)
 
 

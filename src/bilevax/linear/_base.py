@@ -108,7 +108,13 @@ def linear_solve(
         nothing = jnp.zeros((), jnp.int32)
         return rhs, LinearReport(code(Status.CONVERGED), nothing, nothing, jnp.zeros(()))
     system, b, unravel = _System.build(operator, rhs, solver, transpose, on_failure)
-    guess = None if guess is None else jax.lax.stop_gradient(ravel_pytree(guess)[0])
+    if guess is not None:
+        if trees.dimension(guess) != b.size:
+            raise TypeError(
+                f"`guess` must have as many entries as the unknown, {b.size}; "
+                f"got {checks.describe(guess)}."
+            )
+        guess = jax.lax.stop_gradient(ravel_pytree(guess)[0].astype(b.dtype))
     v, report = _solve(system, guess, b)
     return unravel(v), report
 
@@ -141,6 +147,7 @@ class _System:
     complement: Partial | None
     prepared: PyTree
     structure: Structure = dataclasses.field(metadata={"static": True})
+    epsilon: float = dataclasses.field(metadata={"static": True})
     transposed: bool = dataclasses.field(metadata={"static": True})
     on_failure: OnFailure = dataclasses.field(metadata={"static": True})
 
@@ -153,18 +160,33 @@ class _System:
         transposed: bool,
         on_failure: OnFailure,
     ) -> tuple["_System", jax.Array, Callable[[jax.Array], PyTree]]:
-        """Return the system, b as a flat vector, and the way back to a pytree."""
-        b, unravel = ravel_pytree(rhs)
+        """Return the system, b as a flat vector, and the way back to a pytree.
+
+        The vector has the widest dtype of the leaves, and float32 at least. What a product loses by
+        rounding is still that of the least precise leaf.
+        """
+        checks.single_numbers(solver)
+        epsilon = trees.epsilon(rhs)
+        b, unravel_leaves = ravel_pytree(rhs)
+        narrow = b.dtype
+        b = b.astype(jnp.promote_types(narrow, jnp.float32))
+
+        def unravel(v: jax.Array) -> PyTree:
+            return unravel_leaves(v.astype(narrow))
 
         def flatten(function: Callable[[PyTree], PyTree]) -> Callable[[jax.Array], jax.Array]:
-            return lambda v: ravel_pytree(function(unravel(v)))[0]
+            return lambda v: ravel_pytree(function(unravel(v)))[0].astype(b.dtype)
 
         complement = None if operator.complement is None else flatten(operator.complement)
-        operator = LinearOperator(flatten(operator.matvec), operator.structure, b, complement)
+        operator = LinearOperator(
+            flatten(operator.matvec), operator.structure, b, complement, epsilon
+        )
         if solver.damping is not None:
             operator = operator.damped(solver.damping)
         preconditioner = getattr(solver, "preconditioner", None)
         if preconditioner is not None:
+            shape = jax.eval_shape(preconditioner, rhs)
+            checks.same_structure("preconditioner", shape, rhs, expected="v")
             explicit = make_explicit(flatten(preconditioner), b)
             solver = dataclasses.replace(solver, preconditioner=explicit)  # type: ignore[type-var]
         prepared = jax.lax.stop_gradient(solver.prepare(operator))
@@ -175,9 +197,22 @@ class _System:
             complement = make_explicit(product.complement, b)
             matvec = Partial(_subtract_product, complement)
         system = cls(
-            solver, matvec, complement, prepared, operator.structure, transposed, on_failure
+            solver,
+            matvec,
+            complement,
+            prepared,
+            operator.structure,
+            epsilon,
+            transposed,
+            on_failure,
         )
         return system, b, unravel
+
+    def operator(
+        self, matvec: Callable[..., jax.Array], b: jax.Array, complement: Partial | None = None
+    ) -> LinearOperator:
+        """Return the operator with this product, of this system or its transpose."""
+        return LinearOperator(matvec, self.structure, b, complement, self.epsilon)
 
     def run(
         self, operator: LinearOperator, b: jax.Array, guess: jax.Array | None, swap: bool
@@ -185,7 +220,9 @@ class _System:
         """Normalise b, solve, apply the policy; `swap` says that the operator is transposed."""
         size = trees.max_abs(b)
         finite = jnp.isfinite(size)
-        unit = jnp.where(finite & (size > 0), size, 1)
+        # Not beyond what has a reciprocal: compilers divide by multiplying with it.
+        unit = jnp.minimum(size, 0.1 / jnp.finfo(size.dtype).tiny)
+        unit = jnp.where(finite & (size > 0), unit, 1)
         solver: Any = self.solver
         if hasattr(solver, "atol"):
             solver = dataclasses.replace(solver, atol=solver.atol / unit)
@@ -206,7 +243,7 @@ class _System:
 def _solve(
     system: _System, guess: jax.Array | None, b: jax.Array
 ) -> tuple[jax.Array, LinearReport]:
-    operator = LinearOperator(system.matvec, system.structure, b, system.complement)
+    operator = system.operator(system.matvec, b, system.complement)
     return system.run(operator, b, guess, swap=False)
 
 
@@ -226,7 +263,7 @@ def _solve_jvp(primals: Any, tangents: Any) -> Any:
 
 def _solve_transposably(system: _System, b: jax.Array) -> jax.Array:
     def solve(swap: bool, matvec: Callable[..., jax.Array], b: jax.Array) -> jax.Array:
-        return system.run(LinearOperator(matvec, system.structure, b), b, None, swap)[0]
+        return system.run(system.operator(matvec, b), b, None, swap)[0]
 
     return jax.lax.custom_linear_solve(
         system.matvec,
@@ -252,18 +289,19 @@ def measure(
     residual = trees.norm(trees.add_scaled(rhs, -1, operator.matvec(solution)))
     size = trees.norm(rhs)
     relative = residual / jnp.where(size > 0, size, 1)
-    accepted = (residual <= tolerance(rhs, rtol, atol)) | (relative <= attainable(rhs))
+    asked = residual <= tolerance(operator, rhs, rtol, atol)
+    accepted = asked | (relative <= attainable(operator))
     status = jnp.where(accepted, code(Status.CONVERGED), code(Status.BREAKDOWN))
     return relative, jnp.where(jnp.isfinite(residual), status, code(Status.NONFINITE))
 
 
-def tolerance(rhs: PyTree, rtol: Any, atol: Any) -> jax.Array:
+def tolerance(operator: LinearOperator, rhs: PyTree, rtol: Any, atol: Any) -> jax.Array:
     """Return the largest residual norm that is accepted: max(rtol ||b||, atol).
 
     It stays below ||b||, the residual of zero: that is never accepted as a solution.
     """
     size = trees.norm(rhs)
-    rtol = default_rtol(rhs) if rtol is None else rtol
+    rtol = operator.rounding**0.75 if rtol is None else rtol
     largest = jnp.maximum(jnp.asarray(rtol, size.dtype) * size, jnp.asarray(atol, size.dtype))
     return jnp.minimum(largest, 0.5 * size)
 
@@ -273,9 +311,9 @@ def default_rtol(tree: PyTree) -> float:
     return trees.epsilon(tree) ** 0.75
 
 
-def attainable(tree: PyTree) -> float:
+def attainable(operator: LinearOperator) -> float:
     """Return the relative residual that a solver which can do no more must reach: sqrt(eps)."""
-    return trees.epsilon(tree) ** 0.5
+    return operator.rounding**0.5
 
 
 def default_maxiter(tree: PyTree) -> int:
@@ -285,11 +323,16 @@ def default_maxiter(tree: PyTree) -> int:
 
 def check_numbers(solver: Any) -> None:
     """Check the numeric fields that linear solvers share, and wrap the preconditioner."""
-    for name in ("rtol", "atol", "maxiter", "damping"):
-        checks.not_negative(name, getattr(solver, name, None))
+    for name in ("rtol", "atol", "damping"):
+        if getattr(solver, name, None) is not None:
+            checks.not_negative(name, getattr(solver, name))
+    if getattr(solver, "maxiter", None) is not None:
+        checks.not_negative("maxiter", solver.maxiter, whole=True)
     preconditioner = getattr(solver, "preconditioner", None)
     # Unflattening puts placeholders into fields; only plain functions need wrapping.
-    if callable(preconditioner) and not isinstance(preconditioner, Partial):
+    is_set = preconditioner is not None and type(preconditioner) is not object
+    if is_set and not isinstance(preconditioner, Partial):
+        checks.is_callable("preconditioner", preconditioner)
         object.__setattr__(solver, "preconditioner", Partial(preconditioner))
 
 

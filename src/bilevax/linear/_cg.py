@@ -101,7 +101,7 @@ class CG(base.LinearSolver):
         apply_preconditioner = base.preconditioner_of(self, rhs, transposed)
         maxiter = base.default_maxiter(rhs) if self.maxiter is None else self.maxiter
         maxiter = jnp.asarray(maxiter, jnp.int32)
-        target = base.tolerance(rhs, self.rtol, self.atol) ** 2
+        target = base.tolerance(operator, rhs, self.rtol, self.atol) ** 2
         rhs_square = trees.inner(rhs, rhs)
         exhausted = out_of_steps(self.rtol, self.atol)
         infinity, zero = jnp.full_like(rhs_square, jnp.inf), optax.tree.zeros_like(rhs)
@@ -127,7 +127,7 @@ class CG(base.LinearSolver):
             rz = trees.inner(r, z)
             beta = jnp.where(check, 0, rz / state.rz)
 
-            rounding = trees.epsilon(rhs) * state.largest * state.size
+            rounding = operator.rounding * state.largest * state.size
             good = ~check & (curvature > 0.5 * rounding) & jnp.isfinite(square) & (rz >= 0)
             better = good & (square < state.best_square)
             checked = check & jnp.isfinite(state.best_square)
@@ -201,6 +201,6 @@ class CG(base.LinearSolver):
         relative = jnp.where(empty, rhs_square, end.best_square)
         relative = relative / jnp.where(rhs_square > 0, rhs_square, 1)
         residual = jnp.where(rhs_square > 0, jnp.sqrt(relative), 0)
-        done = (end.phase == Status.BREAKDOWN) & (relative <= base.attainable(rhs) ** 2)
+        done = (end.phase == Status.BREAKDOWN) & (relative <= base.attainable(operator) ** 2)
         status = jnp.where(done, code(Status.CONVERGED), end.phase)
         return solution, LinearReport(status, end.iterations, end.products, residual)

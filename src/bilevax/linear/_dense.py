@@ -61,7 +61,7 @@ class Dense(base.LinearSolver):
 
     def __post_init__(self) -> None:
         base.check_numbers(self)
-        checks.positive("batch_size", self.batch_size)
+        checks.positive("batch_size", self.batch_size, whole=True)
 
     def prepare(self, operator: LinearOperator) -> _Cholesky | _LU:
         matrix = materialise(operator, self.batch_size)

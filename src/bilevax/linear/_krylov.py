@@ -74,7 +74,7 @@ class GMRES(base.LinearSolver):
 
     def __post_init__(self) -> None:
         base.check_numbers(self)
-        checks.positive("restart", self.restart)
+        checks.positive("restart", self.restart, whole=True)
 
     def solve(
         self,
@@ -91,7 +91,7 @@ class GMRES(base.LinearSolver):
         unit_product, size = unit_sized(product, rhs)
         restart = min(self.restart, trees.dimension(rhs))
         rhs_norm = trees.norm(rhs)
-        target = base.tolerance(rhs, self.rtol, self.atol)
+        target = base.tolerance(operator, rhs, self.rtol, self.atol)
 
         def proceed(state: _Cycle) -> jax.Array:
             return (state.norm > target) & ~state.stuck & (state.cycles < self.maxiter)
@@ -103,6 +103,8 @@ class GMRES(base.LinearSolver):
                 tol=0.0,
                 restart=restart,
                 maxiter=1,
+                # The other method squares the condition number.
+                solve_method="incremental",
             )
             move = rescale(precondition(u), size)
             x = trees.add_scaled(state.x, state.norm, move)
@@ -120,7 +122,7 @@ class GMRES(base.LinearSolver):
         relative = norm / jnp.where(rhs_norm > 0, rhs_norm, 1)
         status = out_of_steps(self.rtol, self.atol)
         status = jnp.where(stuck, code(Status.BREAKDOWN), status)
-        floor = (norm <= target) | (stuck & (relative <= base.attainable(rhs)))
+        floor = (norm <= target) | (stuck & (relative <= base.attainable(operator)))
         status = jnp.where(floor, code(Status.CONVERGED), status)
         status = jnp.where(jnp.isfinite(size), status, code(Status.NONFINITE))
         products = 1 + (guess is not None) + cycles * (restart + 3)
@@ -184,7 +186,7 @@ class BiCGStab(base.LinearSolver):
         operator, size = unit_sized(operator, rhs)
         first = trees.scale(size, first)
         maxiter = base.default_maxiter(rhs) if self.maxiter is None else self.maxiter
-        target: Any = base.tolerance(rhs, self.rtol, self.atol)
+        target: Any = base.tolerance(operator, rhs, self.rtol, self.atol)
         x, _ = jax.scipy.sparse.linalg.bicgstab(
             operator.matvec,
             rhs,

@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._operator import LinearOperator
 from bilevax._results import LinearReport
 from bilevax._status import Status, code
 from bilevax.linear import _base as base
+from bilevax.linear._units import first_iterate
 
 try:
     import lineax
@@ -59,6 +61,8 @@ class LineaxSolver(base.LinearSolver):
             raise ImportError(
                 "`LineaxSolver` needs Lineax: install it with `pip install bilevax[lineax]`."
             )
+        solver = lineax.AbstractLinearSolver
+        checks.is_component("solver", self.solver, solver, "lineax.LU()")
 
     def solve(
         self,
@@ -76,7 +80,9 @@ class LineaxSolver(base.LinearSolver):
             "GENERAL": (),
         }[operator.structure.name]
         system = lineax.FunctionLinearOperator(operator.matvec, shapes, tags=tags)
-        options = {} if guess is None else {"y0": guess}
+        options = {}
+        if guess is not None:  # a bad one would not be dropped
+            options["y0"], _, _ = first_iterate(operator, rhs, guess)
         result = lineax.linear_solve(system, rhs, self.solver, options=options, throw=False)
         relative, status = base.measure(operator, result.value, rhs, 0.0, 0.0)
         # A direct solver divides by zero where the matrix, though finite, is singular.

@@ -57,8 +57,9 @@ class Neumann(base.LinearSolver):
 
     def __post_init__(self) -> None:
         base.check_numbers(self)
-        checks.positive("steps", self.steps)
-        checks.positive("step_size", self.step_size)
+        checks.positive("steps", self.steps, whole=True)
+        if self.step_size is not None:
+            checks.positive("step_size", self.step_size)
 
     def solve(
         self,

@@ -89,7 +89,7 @@ class NormalCG(base.LinearSolver):
         operator, unit = unit_sized(operator, rhs)
         adjoint = operator.transpose
         maxiter = base.default_maxiter(rhs) if self.maxiter is None else self.maxiter
-        target = base.tolerance(rhs, self.rtol, self.atol)
+        target = base.tolerance(operator, rhs, self.rtol, self.atol)
 
         def apply_preconditioner(s: PyTree) -> PyTree:
             if self.preconditioner is None:
@@ -105,7 +105,7 @@ class NormalCG(base.LinearSolver):
 
         def has_direction(state: _State) -> jax.Array:
             # At a least-squares solution A^T r vanishes, to rounding, and r need not.
-            rounding = 8 * trees.epsilon(rhs) * trees.norm(state.r)
+            rounding = 8 * operator.rounding * trees.norm(state.r)
             return state.sz > state.largest * rounding**2
 
         def proceed(state: _State) -> jax.Array:

@@ -43,7 +43,7 @@ class ExactDiagonal(Diagonal):
     batch_size: int = dataclasses.field(default=256, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        checks.positive("batch_size", self.batch_size)
+        checks.positive("batch_size", self.batch_size, whole=True)
 
     def evaluate(self, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(x)
@@ -85,7 +85,7 @@ class HutchinsonDiagonal(Diagonal):
     seed: Any = 0
 
     def __post_init__(self) -> None:
-        checks.positive("probes", self.probes)
+        checks.positive("probes", self.probes, whole=True)
 
     def evaluate(self, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(x)

@@ -69,6 +69,12 @@ class Reparameterized(Rule):
     def check(self, problem: Problem, x: PyTree, y: PyTree) -> None:
         self.change.check(problem, x, y)
 
+        def inside(x: PyTree, y: PyTree) -> None:
+            phi = self.change.localise(problem, x)
+            self.rule.check(problem.compose(phi), self.change.invert(problem, x, y), y)
+
+        jax.eval_shape(inside, x, y)
+
     def check_values(self, x: PyTree, y: PyTree) -> None:
         self.change.check_values(x, y)
 
@@ -78,8 +84,10 @@ class Reparameterized(Rule):
         z = self.change.invert(problem, x, y)
         phi = self.change.localise(problem, x)
         corrected, report = self.rule.correct(problem.compose(phi), z, y, settings)
-        # Without a correction x stays what it is, to the last bit.
-        return (x, None) if report is None else (phi(corrected, y), report)
+        if report is None:  # x stays what it is, to the last bit
+            return x, None
+        wrong, broken = _judge_inverse(phi(z, y), x)
+        return phi(corrected, y), report._replace(status=jnp.where(wrong, broken, report.status))
 
     def pull(
         self,

@@ -51,8 +51,10 @@ class Solver(abc.ABC):
 
 def check_stopping(solver: Solver) -> None:
     """Check the numeric fields that all solvers share."""
-    for name in ("rtol", "atol", "maxiter"):
-        checks.not_negative(name, getattr(solver, name))
+    for name in ("rtol", "atol"):
+        if getattr(solver, name) is not None:
+            checks.not_negative(name, getattr(solver, name))
+    checks.not_negative("maxiter", solver.maxiter, whole=True)
 
 
 def require_minimum(problem: Problem, solver: str) -> Minimum:

@@ -66,8 +66,9 @@ class FixedPointIteration(base.Solver):
 
     def __post_init__(self) -> None:
         base.check_stopping(self)
-        checks.positive("damping", self.damping)
-        checks.not_negative("memory", self.memory)
+        if self.damping is not None:
+            checks.positive("damping", self.damping)
+        checks.not_negative("memory", self.memory, whole=True)
 
     def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
         image = problem.image(x, y)

@@ -49,7 +49,7 @@ class Backtracking:
     def __post_init__(self) -> None:
         checks.positive("decrease", self.decrease)
         checks.positive("contraction", self.contraction)
-        checks.positive("maxiter", self.maxiter)
+        checks.positive("maxiter", self.maxiter, whole=True)
         for name, bound in (("decrease", 0.5), ("contraction", 1)):
             value = getattr(self, name)
             if isinstance(value, int | float) and not value < bound:

@@ -62,7 +62,8 @@ class Optax(base.Solver):
 
     def __post_init__(self) -> None:
         base.check_stopping(self)
-        checks.positive("learning_rate", self.learning_rate)
+        if self.learning_rate is not None:
+            checks.positive("learning_rate", self.learning_rate)
         checks.is_component(
             "transformation", self.transformation, optax.GradientTransformation, "optax.adam(1e-2)"
         )
@@ -85,9 +86,15 @@ class Optax(base.Solver):
                 "grad": state.optimality,
                 "value_fn": lambda x: objective(x, y),
             }
-        updates, optimizer = self.transformation.update(
-            state.optimality, state.optimizer, iterate.x, **extra
-        )
+        try:
+            updates, optimizer = self.transformation.update(
+                state.optimality, state.optimizer, iterate.x, **extra
+            )
+        except TypeError:
+            # Which transformations evaluate an objective, only their signatures tell.
+            if not extra:
+                base.require_minimum(problem, "Optax")
+            raise
         if self.learning_rate is not None:
             updates = trees.scale(-jax.numpy.asarray(self.learning_rate), updates)
         return self._iterate(problem, optax.apply_updates(iterate.x, updates), y, optimizer)
