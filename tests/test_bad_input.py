@@ -163,6 +163,13 @@ def test_y_must_be_real():
         assert_fails(TypeError, message, call)
 
 
+def test_x_and_y_must_be_arrays():
+    for name, call in entry_points({"w": "b"}, Y):
+        assert_fails(TypeError, f"`{name}['w']` must be an array or a number, got 'b'.", call)
+    for _, call in entry_points(X0, {"w": "b"}):
+        assert_fails(TypeError, "`y['w']` must be an array or a number, got 'b'.", call)
+
+
 # Kinds of arguments.
 
 
@@ -238,6 +245,22 @@ def test_policies_are_checked():
             lambda: bx.Optax(optax.adam),
             "`transformation` must be a GradientTransformation, for example `optax.adam(1e-2)`",
         ),
+        (
+            lambda: bx.minimum(quadratic, structure="symmetric"),
+            "`structure` must be a Structure, for example `Structure.SYMMETRIC`; got 'symmetric'.",
+        ),
+        (lambda: bx.root(residual, structure=None), "`structure` must be a Structure"),
+        (lambda: bx.fixed_point(residual, structure=None), "`structure` must be a Structure"),
+        (lambda: bx.GradientDescent(None), "`learning_rate` must be a number, got None."),
+        (lambda: bx.GradientDescent("fast"), "`learning_rate` must be a number, got 'fast'."),
+        (lambda: bx.Newton(maxiter=None), "`maxiter` must be a number, got None."),
+        (lambda: bx.Newton(rtol="tight"), "`rtol` must be a number, got 'tight'."),
+        (lambda: bx.CG(damping="a"), "`damping` must be a number, got 'a'."),
+        (lambda: bx.Newton(maxiter=2.5), "`maxiter` must be a whole number, got 2.5."),
+        (lambda: bx.CG(maxiter=2.5), "`maxiter` must be a whole number, got 2.5."),
+        (lambda: bx.Neumann(2.5), "`steps` must be a whole number, got 2.5."),
+        (lambda: bx.GMRES(restart=2.5), "`restart` must be a whole number, got 2.5."),
+        (lambda: bx.FixedPointIteration(memory=2.5), "`memory` must be a whole number, got 2.5."),
         (lambda: bx.minimum(None), "`objective` must be a function, got None."),
         (lambda: bx.root(1.0), "`residual` must be a function, got 1.0."),
         (lambda: bx.fixed_point("map"), "`map` must be a function, got 'map'."),
@@ -328,8 +351,9 @@ def test_numbers_and_words_out_of_range(call, message):
     [
         (bx.ConjugateGradient(), "ConjugateGradient"),
         (bx.GradientDescent(bx.Backtracking()), "Backtracking"),
+        (bx.Optax(optax.lbfgs()), "Optax"),
     ],
-    ids=["ConjugateGradient", "Backtracking"],
+    ids=["ConjugateGradient", "Backtracking", "Optax"],
 )
 def test_solvers_that_need_an_objective(solver, name):
     for problem, kind in ((bx.root(residual), "root"), (bx.fixed_point(residual), "fixed_point")):
@@ -389,6 +413,20 @@ def test_a_phi_inverse_with_another_number_of_entries():
     change = bx.ChangeOfVariables(lambda z, y: jnp.stack([z, z]), lambda x, y: x[0])
     message = "`phi_inverse` must return as many entries as `x` has, 2; got float64[]."
     assert_fails(TypeError, message, solve_map(rule=reparameterized(change)), X0, Y)
+
+
+def test_a_change_inside_a_change_is_checked_in_its_variable():
+    inside = bx.ChangeOfVariables(lambda z, y: z, lambda x, y: x[:1])
+    rule = bx.Reparameterized(bx.Reparameterized(bx.Implicit(), inside), bx.ExpChange())
+    message = "`phi_inverse` must return as many entries as `x` has, 2; got float64[1]."
+    assert_fails(TypeError, message, solve_map(rule=rule), X0 + 1, Y)
+
+
+def test_numbers_of_a_solver_are_single():
+    message = "`learning_rate` of `GradientDescent` must be a single number, got float64[2]."
+    assert_fails(TypeError, message, solve_map(solver=bx.GradientDescent(np.ones(2))), X0, Y)
+    message = "`rtol` of `Newton` must be a single number, got float64[2]."
+    assert_fails(TypeError, message, solve_map(solver=bx.Newton(rtol=np.ones(2))), X0, Y)
 
 
 def test_a_phi_that_its_inverse_does_not_invert():

@@ -302,6 +302,16 @@ def test_a_change_that_does_not_invert_a_traced_x(mode):
     assert pull(1 / Y, Y).solve.status == Status.BREAKDOWN
 
 
+def test_a_correction_in_a_variable_that_is_not_the_inverse():
+    """The point x = phi(z, y) would be wrong, so the correction is reported as broken."""
+    change = bx.ChangeOfVariables(lambda z, y: 2 * z, lambda x, y: x)
+    rule = bx.Reparameterized(bx.Preconditioned(bx.Implicit(), bx.GradientStep(0.1)), change)
+    solve = bx.solution_map(bx.minimum(quadratic), bx.GradientDescent(0.5), rule)
+    _, report = jax.jit(solve.with_report)(X0 + 1, Y)
+    assert (report.status, report.correction.status) == (Status.CONVERGED, Status.BREAKDOWN)
+    assert np.all(np.isnan(jax.jit(solve)(X0 + 1, Y)))
+
+
 # The engine.
 
 

@@ -166,6 +166,35 @@ def test_the_start_changes_nothing_but_the_cost():
     np.testing.assert_allclose(poor.gradient, cold.gradient, rtol=1e-10)
 
 
+def test_an_outlier_leaves_no_trace():
+    """At an extreme y, ||F(x0, y)|| is huge; the tolerance at the next y must not refer to it."""
+    engine = make(bx.Newton(rtol=1e-6))
+    warm = bx.cold_start(np.ones(2))
+    for y in (Y, Y + 40.0, Y):
+        result = engine(y, warm)
+        warm = result.warm
+    assert result.report.inner.status == bx.Status.CONVERGED
+    np.testing.assert_allclose(result.x, truth(Y)[0], rtol=1e-5)
+    np.testing.assert_allclose(result.gradient, truth(Y)[2], rtol=1e-4)
+
+
+@pytest.mark.parametrize("on_failure", [bx.OnFailure.RETURN, bx.OnFailure.NAN])
+def test_after_a_failure_the_next_solve_starts_cold(on_failure):
+    engine = make(on_failure=on_failure)
+    failed = engine(Y + np.inf, bx.cold_start(X0))
+    assert failed.report.inner.status == bx.Status.NONFINITE
+    np.testing.assert_array_equal(failed.warm.x, X0)
+    np.testing.assert_allclose(engine(Y, failed.warm).gradient, truth(Y)[2], rtol=1e-10)
+
+
+def test_the_tolerance_refers_to_the_cold_start():
+    rtol = 1e-3
+    engine = make(bx.GradientDescent(0.4, rtol=rtol, atol=0.0))
+    cold = engine(Y, bx.cold_start(X0))
+    near = truth(Y)[0] + 0.9 * (cold.x - truth(Y)[0])
+    assert engine(Y, cold.warm._replace(x=near)).report.inner.iterations == 0
+
+
 def test_a_cold_start_is_x0_and_zero():
     warm = bx.cold_start({"a": 2.0, "b": np.ones(2, np.float32)})
     assert isinstance(warm, bx.WarmStart)
@@ -174,6 +203,7 @@ def test_a_cold_start_is_x0_and_zero():
     assert warm.adjoint["b"].dtype == jnp.float32
     assert jax.tree.structure(warm.adjoint) == jax.tree.structure(warm.x)
     assert all(jnp.all(leaf == 0) for leaf in jax.tree.leaves(warm.adjoint))
+    assert warm.start is warm.x
 
 
 def test_warm_starts_of_a_change_whose_z_has_another_structure():

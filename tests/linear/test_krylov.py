@@ -38,6 +38,18 @@ def test_solves_nonsymmetric_systems(kind, seed):
     np.testing.assert_allclose(report.residual, relative_residual(matrix, v, b), atol=1e-14)
 
 
+@pytest.mark.parametrize(("dtype", "condition"), [(np.float32, 1e4), (np.float64, 1e8)])
+@pytest.mark.parametrize("seed", range(5))
+def test_gmres_does_not_square_the_condition_number(seed, dtype, condition):
+    generator = np.random.default_rng(seed)
+    left, right = (np.linalg.qr(generator.normal(size=(SIZE, SIZE)))[0] for _ in range(2))
+    matrix = left * np.geomspace(1, 1 / condition, SIZE) @ right
+    b = matrix @ generator.normal(size=SIZE)
+    _, report = solve(bx.GMRES(), matrix.astype(dtype), b.astype(dtype))
+    assert report.status is Status.CONVERGED
+    assert report.residual <= np.finfo(dtype).eps ** 0.75
+
+
 @both
 def test_converges_to_what_rounding_allows_when_more_is_asked_for(kind):
     v, report = solve(make(kind, 1e-12), A.astype(np.float32), B.astype(np.float32))

@@ -194,6 +194,62 @@ def test_a_solver_of_ones_own_sees_a_right_hand_side_of_unit_size():
     assert report.residual == 2.0  # the absolute tolerance, in the unit of the scaled b
 
 
+@pytest.mark.parametrize(
+    ("wide", "narrow"),
+    [
+        (np.float64, np.float32),
+        (np.float32, np.float16),
+        (np.float32, jnp.bfloat16),
+        (jnp.bfloat16, jnp.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "solver",
+    [bx.CG(), bx.NormalCG(), bx.GMRES(), bx.BiCGStab(), bx.Dense()],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_mixed_and_low_precisions(solver, wide, narrow):
+    """A solution is as accurate as the least precise leaf, and counts as converged."""
+    matrix = with_spectrum(np.linspace(1.0, 3.0, SIZE))
+
+    def product(v):
+        image = jnp.asarray(matrix, wide) @ jnp.concatenate([v["wide"], v["narrow"].astype(wide)])
+        return {"wide": image[:4], "narrow": image[4:].astype(narrow)}
+
+    b = {"wide": jnp.ones(4, wide), "narrow": jnp.ones(4, narrow)}
+    for structure in {GENERAL, POSITIVE_DEFINITE} if isinstance(solver, bx.Dense) else {GENERAL}:
+        operator = bx.LinearOperator(product, structure, b)
+        v, report = jax.jit(lambda solver, o=operator: bx.linear_solve(o, b, solver))(solver)
+        assert Status(int(report.status)) is Status.CONVERGED
+        assert (v["wide"].dtype, v["narrow"].dtype) == (wide, narrow)
+        got = np.concatenate([np.asarray(leaf, float) for leaf in (v["wide"], v["narrow"])])
+        # A relative residual of eps^(3/4), or of sqrt(eps) at the least; the condition number is 3.
+        allowed = 3 * float(jnp.finfo(narrow).eps) ** 0.5
+        assert relative_error(got, np.linalg.solve(matrix, np.ones(SIZE))) < allowed
+
+
+def test_a_guess_of_another_size():
+    operator = bx.LinearOperator(lambda v: v, POSITIVE_DEFINITE, B)
+    message = r"`guess` must have as many entries as the unknown, 8; got float64\[3\]"
+    with pytest.raises(TypeError, match=message):
+        bx.linear_solve(operator, B, bx.CG(), guess=np.ones(3))
+
+
+def test_preconditioners_must_be_functions_that_return_something_like_v():
+    with pytest.raises(TypeError, match=r"`preconditioner` must be a function, got 2\.0"):
+        bx.CG(preconditioner=2.0)
+    message = r"`preconditioner` must return shapes and dtypes like `v`.*got float64\[\]"
+    with pytest.raises(TypeError, match=message):
+        solve(bx.GMRES(preconditioner=jnp.sum), MATRIX, B)
+
+
+def test_a_batch_of_numbers_is_for_vmap():
+    message = r"`rtol` of `CG` must be a single number, got float64\[2\]\. For a batch of them"
+    with pytest.raises(TypeError, match=message):
+        solve(bx.CG(rtol=np.ones(2)), MATRIX, B)
+
+
 LINEAX = {
     "LU": (lineax.LU(), GENERAL),
     "Cholesky": (lineax.Cholesky(), POSITIVE_DEFINITE),
@@ -208,6 +264,19 @@ def test_solvers_of_lineax(solver, structure):
     assert relative_error(v, np.linalg.solve(MATRIX + 0.5 * np.eye(SIZE), 1e-20 * B)) < 1e-9
     assert report.iterations == -1 or report.iterations > 0
     assert report.products == -1
+
+
+@pytest.mark.parametrize("bad", [np.nan, 1e30])
+def test_lineax_never_sees_a_guess_that_is_worse_than_zero(bad):
+    solver = bx.LineaxSolver(lineax.CG(rtol=1e-10, atol=0.0))
+    v, report = solve(solver, MATRIX, B, guess=np.full(SIZE, bad))
+    assert report.status is Status.CONVERGED
+    assert relative_error(v, np.linalg.solve(MATRIX, B)) < 1e-9
+
+
+def test_only_solvers_of_lineax_go_into_the_adapter():
+    with pytest.raises(TypeError, match=r"`solver` must be .* for example `lineax.LU\(\)`; got 3"):
+        bx.LineaxSolver(3)
 
 
 def test_a_singular_matrix_breaks_down_in_lineax():
