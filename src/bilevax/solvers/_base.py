@@ -32,7 +32,8 @@ class Solver(abc.ABC):
 
     Subclasses are frozen dataclasses, registered as pytrees, with the fields `rtol`, `atol` and
     `maxiter`. The loop stops when ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol). Defaults are
-    eps^(3/4) for `rtol` (1.8e-12 in float64, 6.4e-6 in float32) and 10 eps for `atol`.
+    eps^(3/4) for `rtol` (1.8e-12 in float64, 6.4e-6 in float32) and 10 eps for `atol`, in the unit
+    of F: an objective whose gradients are that small everywhere must be scaled up, or `atol` set.
     With `rtol=0` and `atol=0` exactly `maxiter` steps are taken.
     """
 
