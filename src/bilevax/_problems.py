@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax.tree
-from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
@@ -48,12 +47,16 @@ class Problem(abc.ABC):
         """Raise a `TypeError` if the function does not fit x; costs nothing at run time."""
 
     def compose(self, change: Partial) -> "Problem":
-        """Return the problem in z, where x = change(z, y).
+        """Return the problem G(z, y) = phi_1^T F(phi(z, y), y) = 0, where x = phi(z, y) = change.
 
-        For a minimum that is the minimum of f(change(z, y), y), so that
-        G(z, y) = phi_1^T F(phi(z, y), y); else the root of F(change(z, y), y).
+        For a minimum, G is the gradient in z of f(phi(z, y), y). For a root or a fixed point, the
+        factor phi_1^T is what makes the choice of phi matter: without it, phi cancels in the
+        implicit function theorem.
         """
-        return Root(Partial(_composed_optimality, self, change), Structure.GENERAL)
+        # Away from the solution G_1 gains a term F . phi_11 of either sign. A symmetric F_1 makes F
+        # a gradient field, and then G is one.
+        structure = Structure.SYMMETRIC if self.structure.is_symmetric else Structure.GENERAL
+        return Root(Partial(_composed_optimality, self, change), structure)
 
     def linearize(self, x: PyTree, y: PyTree) -> tuple[PyTree, LinearOperator]:
         """Return F(x, y) and its Jacobian F_1(x, y); what they share is computed once."""
@@ -90,7 +93,6 @@ class Minimum(Problem):
         checks.scalar_output("objective", jax.eval_shape(self.function, x, y))
 
     def compose(self, change: Partial) -> Problem:
-        # Away from the solution the Hessian in z gains a term F . phi_11 of either sign.
         return Minimum(Partial(_composed_objective, self.function, change), Structure.SYMMETRIC)
 
     def pull_outer(self, x: PyTree, y: PyTree, v: PyTree) -> tuple[Problem, PyTree]:
@@ -242,7 +244,5 @@ def _composed_objective(objective: Partial, change: Partial, z: PyTree, y: PyTre
 
 
 def _composed_optimality(problem: Problem, change: Partial, z: PyTree, y: PyTree) -> PyTree:
-    # F is like x, and z may have another structure: G takes the entries of F in their order.
-    flat, unravel = ravel_pytree(z)
-    optimality, _ = ravel_pytree(problem.optimality(change(z, y), y))
-    return unravel(optimality.astype(flat.dtype))
+    x, pull = jax.vjp(lambda z: change(z, y), z)
+    return pull(problem.optimality(x, y))[0]

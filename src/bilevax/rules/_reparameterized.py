@@ -25,9 +25,9 @@ class Reparameterized(Rule):
 
         dx*/dy = phi_1 dz/dy + phi_2,   dz/dy = -G_1^{-1} G_2   (for `Implicit`)
 
-    where z = phi^{-1}(x, y) and G is the optimality map in z: d/dz f(phi(z, y), y) for a minimum,
-    F(phi(z, y), y) for a root or a fixed point. At x = x* all changes give the same derivative; at
-    an inexact x a change with phi_1 = B^T is implicit differentiation of the root function B F.
+    where z = phi^{-1}(x, y) and G(z, y) = phi_1^T F(phi(z, y), y), which for a minimum is
+    d/dz f(phi(z, y), y). At x = x* all changes give the same derivative; at an inexact x a change
+    with phi_1 = B^T is implicit differentiation of the root function B F.
 
     Away from the solution G_1 is symmetric for a minimum but need not be positive definite, so the
     default linear solver here is `GMRES()`; `Dense()` is the safe choice for small problems.
