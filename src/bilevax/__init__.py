@@ -2,6 +2,9 @@
 
     min over y of  h(y) = g(x*(y), y)      where x*(y) solves an inner problem
 
+F(x, y) = 0 is the inner problem: F is the gradient of an objective, a residual, or x - T(x, y).
+F_1, F_2, g_1, g_2 are partial derivatives in the first and in the second argument.
+
 `solution_map` makes y -> x*(y) a function that `jax.grad`, `jax.vmap` and `jax.jit` go through;
 `value_and_hypergradient` returns the gradient of h with a report. See the README for a tour.
 """

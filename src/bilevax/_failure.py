@@ -17,7 +17,7 @@ class OnFailure(enum.Enum):
 
     Attributes:
       RETURN: hand back what there is; the report tells.
-      NAN: put NaN in its place, per batch lane.
+      NAN: put NaN in its place, per batch lane. To see why, use RAISE, or read a report.
       RAISE: raise an error that names the status and the remedy, also from compiled programs
         (through a callback to the host, which the device must support).
 

@@ -22,6 +22,9 @@ def run(
 ) -> tuple[PyTree, SolveReport]:
     """Iterate a solver from x0 until ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol).
 
+    An `atol` of None is ten times the rounding error of F at a solution near x0, which a relative
+    tolerance must not undercut where x0 is a solution already.
+
     Where x0 is a warm start, `scale` is ||F|| at the cold one and stands in for a smaller
     ||F(x0, y)||: relative to what is small already, no tolerance could be met. One that is not
     finite is no scale.
@@ -37,10 +40,14 @@ def run(
     initial_norm = first.residual
     dtype = initial_norm.dtype
     rtol = jnp.asarray(stopping_rtol(solver, x0), dtype)
-    atol = jnp.asarray(10 * trees.epsilon(x0) if solver.atol is None else solver.atol, dtype)
+    if solver.atol is None:
+        size = problem.terms_norm(x0, y)
+        atol = 10 * trees.epsilon(x0) * jnp.where(jnp.isfinite(size), size, 0)
+    else:
+        atol = jnp.asarray(solver.atol, dtype)
     scale = jnp.where(jnp.isfinite(scale), scale, 0)
     target = jnp.maximum(rtol * jnp.maximum(initial_norm, scale), atol)
-    exhausted = out_of_steps(rtol, atol)
+    exhausted = out_of_steps(solver.rtol, solver.atol)
 
     def judge(norm: jax.Array, iterations: jax.Array, stalled: Any) -> jax.Array:
         status = jnp.where(iterations >= solver.maxiter, exhausted, _RUNNING)

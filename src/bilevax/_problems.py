@@ -63,6 +63,13 @@ class Problem(abc.ABC):
         value, jvp = jax.linearize(lambda x: self.optimality(x, y), x)
         return value, LinearOperator(jvp, self.structure, x)
 
+    def terms_norm(self, x: PyTree, y: PyTree) -> jax.Array:
+        """Return the size of the terms that cancel in F at a solution near x: ||F_1(x, y) x||.
+
+        Times eps, it is how large F is there by rounding errors alone.
+        """
+        return trees.norm(self.linearize(x, y)[1].matvec(x))
+
     def pull_outer(self, x: PyTree, y: PyTree, v: PyTree) -> tuple["Problem", PyTree]:
         """Return F_2(x, y)^T v, as cotangents of this problem's leaves and of y.
 
@@ -135,6 +142,9 @@ class FixedPoint(Problem):
             lambda v: optax.tree.sub(v, product(v)), self.structure, x, complement=product
         )
         return optax.tree.sub(x, image), jacobian
+
+    def terms_norm(self, x: PyTree, y: PyTree) -> jax.Array:
+        return trees.norm(x)
 
     def check(self, x: PyTree, y: PyTree) -> None:
         checks.inner_variable(x)

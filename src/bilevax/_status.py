@@ -71,9 +71,9 @@ def code(status: Status) -> jax.Array:
 def out_of_steps(rtol: Any, atol: Any) -> jax.Array:
     """Return how a solver ends after its last step: TRUNCATED if both tolerances are zero.
 
-    A tolerance of None stands for a default, which is above zero.
+    A tolerance of None stands for a default one.
     """
-    if rtol is None:
+    if rtol is None or atol is None:
         return code(Status.MAXITER)
     has_tolerance = (jnp.asarray(rtol) > 0) | (jnp.asarray(atol) > 0)
     return jnp.where(has_tolerance, code(Status.MAXITER), code(Status.TRUNCATED))

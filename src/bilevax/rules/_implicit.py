@@ -23,7 +23,8 @@ class Implicit(Rule):
 
         dx*/dy = -F_1(x, y)^{-1} F_2(x, y)
 
-    A pullback of the cotangent c solves the adjoint system F_1^T v = c and returns -F_2^T v. At an
+    F(x, y) = 0 is the inner problem, F_1 and F_2 the partial derivatives of F in x and in y. A
+    pullback of the cotangent c solves the adjoint system F_1^T v = c and returns -F_2^T v. At an
     inexact x its error is first order, C_y ||x - x*||.
 
     Args:
@@ -31,7 +32,8 @@ class Implicit(Rule):
         and `GMRES()` elsewhere, at the tolerance of the inner solver.
       mode: "reverse" makes the solution map a `jax.custom_vjp`: reverse mode to any order.
         "forward" makes it a `jax.custom_jvp` with a transposable solve: the same numbers, and
-        `jvp`, `jacfwd` and `hessian` as well; adjoint solves then go without a report.
+        `jvp`, `jacfwd` and `hessian` as well; adjoint solves then go without a report. A solution
+        map inside the problem of another one needs "forward".
 
     Raises:
       TypeError: if `linear_solver` is not a `LinearSolver`.

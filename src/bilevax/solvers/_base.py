@@ -31,10 +31,10 @@ class Solver(abc.ABC):
     """Base class of inner solvers: a frozen pytree of numbers with `init` and `step`.
 
     Subclasses are frozen dataclasses, registered as pytrees, with the fields `rtol`, `atol` and
-    `maxiter`. The loop stops when ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol). Defaults are
-    eps^(3/4) for `rtol` (1.8e-12 in float64, 6.4e-6 in float32) and 10 eps for `atol`, in the unit
-    of F: an objective whose gradients are that small everywhere must be scaled up, or `atol` set.
-    With `rtol=0` and `atol=0` exactly `maxiter` steps are taken.
+    `maxiter`. The loop stops when ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol). By default `rtol` is
+    eps^(3/4) (1.8e-12 in float64, 6.4e-6 in float32), and `atol` is the rounding error of F at a
+    solution near x0: 10 eps ||F_1(x0, y) x0||, or 10 eps ||x0|| for a fixed point. So defaults do
+    not depend on the unit of F. With `rtol=0` and `atol=0` exactly `maxiter` steps are taken.
     """
 
     rtol: Any

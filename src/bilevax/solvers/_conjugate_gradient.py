@@ -35,7 +35,7 @@ class ConjugateGradient(base.Solver):
 
     Args:
       rtol: stop at ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol).
-      atol: see `rtol`; in the unit of F.
+      atol: see `rtol`; in the unit of F. None is the rounding error of F, see `Solver`.
       maxiter: steps at most.
       line_search: how a step that is too long is shrunk.
 

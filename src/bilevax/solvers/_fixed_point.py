@@ -38,7 +38,7 @@ class FixedPointIteration(base.Solver):
       damping: the part of the step that is taken, above 0; above 1 over-relaxes. None takes the
         whole step.
       rtol: stop at ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol).
-      atol: see `rtol`; in the unit of F.
+      atol: see `rtol`; in the unit of F. None is the rounding error of F, see `Solver`.
       maxiter: steps at most.
       memory: differences kept (static); 0 for none. Memory use is 2 * memory vectors.
 

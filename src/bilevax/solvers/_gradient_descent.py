@@ -34,7 +34,7 @@ class GradientDescent(base.Solver):
       learning_rate: a positive number, or `Backtracking(...)`. For an objective with largest
         curvature L, any rate below 2 / L converges and 1 / L is the usual choice.
       rtol: stop at ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol).
-      atol: see `rtol`; in the unit of F.
+      atol: see `rtol`; in the unit of F. None is the rounding error of F, see `Solver`.
       maxiter: steps at most.
 
     Raises:
@@ -106,7 +106,7 @@ class AcceleratedGradient(base.Solver):
     Args:
       learning_rate: a positive number, at most 1 / L for largest curvature L.
       rtol: stop at ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol).
-      atol: see `rtol`; in the unit of F.
+      atol: see `rtol`; in the unit of F. None is the rounding error of F, see `Solver`.
       maxiter: steps at most.
 
     Raises:

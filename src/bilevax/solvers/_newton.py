@@ -38,7 +38,7 @@ class Newton(base.Solver):
       linear_solver: a `LinearSolver` that is used with its own tolerances, such as `Dense()`;
         None for the inexact solve above.
       rtol: stop at ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol).
-      atol: see `rtol`; in the unit of F.
+      atol: see `rtol`; in the unit of F. None is the rounding error of F, see `Solver`.
       maxiter: steps at most.
       line_search: how a step that is too long is shrunk.
 

@@ -33,9 +33,9 @@ class Optax(base.Solver):
       learning_rate: None where the transformation has its own, as `optax.adam(1e-2)`. A number
         here steps along -learning_rate * update, for bare directions such as
         `optax.scale_by_adam()`; it may be traced, batched or computed from y, and changing it
-        does not compile again.
+        does not compile again. Not both: two changes of sign would lead uphill.
       rtol: stop at ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol).
-      atol: see `rtol`; in the unit of F.
+      atol: see `rtol`; in the unit of F. None is the rounding error of F, see `Solver`.
       maxiter: steps at most.
 
     Raises:
