@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from bilevax.demo import figures, report
+from bilevax.demo import cli
 from bilevax.demo.cli import main
-from bilevax.demo.data import Table, digits, prepare
-from bilevax.demo.tuning import Run
 
 PARTS = {"train", "validation", "test"}
 
@@ -112,10 +110,47 @@ def test_wrong_data_ends_with_one_line_and_code_2(arguments, message, csv_file, 
 
 
 @pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["7"] * 60, "no column of data varies in the training rows"),
+        ([*["1e200"] * 3, *range(57)], "column 'size' of data has a cell 1e+200, "),
+        (["1e308"] * 60, "column 'size' of data has a cell 1e+308, "),
+    ],
+)
+def test_wrong_cells_end_with_one_line_and_code_2(values, message, tmp_path, capsys):
+    path, output = tmp_path / "data.csv", tmp_path / "output"
+    rows = [f"{value},{i % 2}" for i, value in enumerate(values)]
+    path.write_text("\n".join(["size,answer", *rows]))
+    assert main(["--data", str(path), "--target", "answer", "--output", str(output)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"bilevax.demo: {message}")
+    assert printed.err.count("\n") == 1
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("before", [None, "", "{}"])
+def test_a_failed_run_leaves_no_empty_results(before, csv_file, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    results = tmp_path / "results.json"
+    if before is not None:
+        results.write_text(before)
+    monkeypatch.setattr(cli, "tune", fail)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--data", str(csv_file), "--target", "answer", "--output", str(tmp_path)])
+    # The numbers of an earlier run stay.
+    assert (results.read_text() if results.exists() else None) == (before or None)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--steps", "1"], "argument --steps: must be 2 or more, got 1"),
-        (["--steps", "many"], "argument --steps: invalid whole_number value: 'many'"),
+        (["--steps", "many"], "argument --steps: must be a whole number, got 'many'"),
+        (["--seed", "1.5"], "argument --seed: must be a whole number, got '1.5'"),
+        (["--output", ""], "argument --output: must name a folder, got ''"),
         (["--seed", "-1"], "argument --seed: must be 0 or more, got -1"),
         (["--colour"], "unrecognized arguments: --colour"),
     ],
@@ -146,57 +181,3 @@ def test_a_missing_package_is_named():
     assert done.returncode == 1
     assert done.stderr.endswith(message)
     assert "Traceback" not in done.stderr
-
-
-def a_run(shape, validation, test, status=0):
-    """Return a run of two entries, the second of which is the better one."""
-    loss = {"train": 0.5, "validation": validation, "test": test}
-    return Run(
-        penalties=np.geomspace(0.001, 0.1, 2 * np.prod(shape)).reshape(2, *shape),
-        loss={part: np.array([value + 0.1, value]) for part, value in loss.items()},
-        accuracy={part: np.array([0.8, 0.9]) for part in PARTS},
-        iterations=np.array([5, 5]),
-        status=np.array([0, status]),
-        run_seconds=1.0,
-        compile_seconds=2.0,
-    )
-
-
-def a_task(classes, features=3):
-    names = [f"feature {i}" for i in range(features)]
-    generator = np.random.default_rng(0)
-    values = generator.normal(size=(12 * classes, features))
-    labels = np.arange(12 * classes) % classes
-    return prepare(Table("some", values, labels, names, [f"${i}" for i in range(classes)]), seed=0)
-
-
-@pytest.mark.parametrize(
-    ("validation", "test", "status", "expected"),
-    [
-        (0.2, 0.3, 0, ["validation loss is 50 % lower", "test loss 25 % lower", "flatters"]),
-        (0.2, 0.5, 0, ["test loss 25 % higher", "has overfitted: 3 penalties", "8 validation"]),
-        (0.5, 0.4, 0, ["validation loss is 25 % higher", "test loss the same", "more --steps"]),
-        (0.2, 0.3, 2, ["1 of 2 solves of the tuning ended with MAXITER:\nraise `maxiter`"]),
-    ],
-)
-def test_conclusions(validation, test, status, expected):
-    task = a_task(classes=2)
-    grid, tuned = a_run((3, 1), 0.4, 0.4), a_run((3, 1), validation, test, status)
-    text = report.compare(task, grid, tuned)
-    for words in expected:
-        assert words in text
-    assert "accuracy the same" in text
-    assert max(map(len, text.splitlines())) <= 100
-
-
-@pytest.mark.parametrize(
-    "task",
-    [a_task(2), a_task(2, features=50), a_task(3), a_task(3, features=50), prepare(digits(), 0)],
-    ids=["bars", "many bars", "map", "large map", "images"],
-)
-def test_every_kind_of_figure_is_drawn(task, tmp_path):
-    run = a_run(task.penalty_shape, 0.2, 0.3)
-    figures.plot_penalties(task, run, tmp_path / "penalties.png")
-    figures.plot_losses(task, run, run, tmp_path / "losses.png")
-    for name in ("penalties", "losses"):
-        assert np.ptp(imread(tmp_path / f"{name}.png")) > 0

@@ -7,7 +7,8 @@ import pytest
 from sklearn.datasets import dump_svmlight_file
 
 from bilevax.demo import files
-from bilevax.demo.files import DataError, read_table
+from bilevax.demo.data import DataError
+from bilevax.demo.files import read_table
 
 
 def csv_lines(rows=40, target=lambda i: "yes" if i % 2 else "no"):
@@ -58,6 +59,18 @@ def test_numeric_classes_are_sorted_as_numbers(write):
     np.testing.assert_array_equal(table.labels, np.arange(40) % 4)
 
 
+def test_large_numbers_are_classes_of_their_own(write):
+    table = read_table(write(csv_lines(target=lambda i: str(12345670 + i % 2))), "answer")
+    assert table.class_names == ["12345670", "12345671"]
+
+
+def test_classes_are_in_natural_order(write):
+    names = ["class-10", "class-2", "class-02", "other", "class-2b"]
+    table = read_table(write(csv_lines(target=lambda i: names[i % 5])), "answer")
+    assert table.class_names == ["class-02", "class-2", "class-2b", "class-10", "other"]
+    np.testing.assert_array_equal(table.labels[:5], [3, 1, 0, 4, 2])
+
+
 def test_svmlight(tmp_path):
     features = np.random.default_rng(0).normal(size=(45, 4))
     features[features < 0] = 0
@@ -89,6 +102,11 @@ class TestFile:
         path.write_bytes(b"PK\x03\x04\xff\xfe\x00")
         refuse(path, "is not a text file (in UTF-8)")
 
+    def test_bytes_that_are_zero(self, tmp_path):
+        path = tmp_path / "data.csv"
+        path.write_bytes(bytes(5000))
+        refuse(path, "is not a text file: it has bytes that are zero")
+
     def test_too_large(self, write, monkeypatch):
         monkeypatch.setattr(files, "MAX_ENTRIES", 79)
         refuse(write(csv_lines()), "has 40 rows and 2 features, too many for this demo")
@@ -107,6 +125,10 @@ class TestCsv:
     def test_long_lists_are_cut(self, write):
         names = [f"c{i}" for i in range(25)]
         refuse(write([",".join(names), ",".join("1" * 25)]), "'c9' and 15 more")
+
+    def test_long_names_are_cut(self, write):
+        lines = [f"{'a' * 5000},answer", "1,2"]
+        refuse(write(lines), f"its columns are '{'a' * 25}...{'a' * 12}', 'answer'", target="x")
 
     def test_text_columns(self, write):
         lines = ["city,size,kind,answer"]
@@ -162,6 +184,15 @@ class TestCsv:
     def test_no_header(self, write):
         refuse(write(["1,2,3", "4,5,6"]), "must hold the names of the columns")
 
+    @pytest.mark.parametrize("target", [None, "kind"])
+    def test_no_header_and_a_target_of_words(self, write, target):
+        hint = "(does the first line hold the names of the columns?)"
+        refuse(write(["5.1,3.5,setosa", "4.9,3.0,setosa"]), hint, target=target)
+        refuse(write(["5.1,5.1,setosa", "4.9,3.0,setosa"]), hint, target=target)
+        with pytest.raises(DataError) as caught:
+            read_table(write(csv_lines()), target)
+        assert hint not in str(caught.value)
+
     def test_only_the_target(self, write):
         lines = ["answer", *("yes" if i % 2 else "no" for i in range(40))]
         refuse(write(lines), "has no column besides the target 'answer'")
@@ -184,9 +215,23 @@ class TestSvmlight:
         lines = [f"{i % 2} 1:{i} 2:3" for i in range(40)]
         refuse(write(lines), "leave out --target")
 
-    def test_broken_line(self, write):
-        path = write([*(f"{i % 2} 1:{i} 2:3" for i in range(40)), "1 two:2"])
-        refuse(path, "is not a valid svmlight file", target=None)
+    @pytest.mark.parametrize(
+        "line", ["1 two:2", "1 1:x", "yes 1:2", "1 1:2 3", "1 1:2:3", "1 -1:2", f"1 {'9' * 30}:1"]
+    )
+    def test_broken_line(self, write, line):
+        path = write(["# a comment", *(f"{i % 2} 1:{i} 2:3 # {i}" for i in range(40)), line])
+        message = f"line 42 is '{line}', expected 'label index:value index:value ...'"
+        refuse(path, f"is not a valid svmlight file: {message}", target=None)
+
+    def test_broken_first_line_is_known_by_the_name_of_the_file(self, write):
+        path = write(["yes 1:2", *(f"{i % 2} 1:{i} 2:3" for i in range(40))], "data.svm")
+        refuse(path, "is not a valid svmlight file: line 1 is 'yes 1:2', expected", target=None)
+
+    @pytest.mark.parametrize("line", ["1 2:1 1:3", "1 1:1 1:3", "1 qid:3 2:1 1:3"])
+    def test_indices_out_of_order(self, write, line):
+        path = write([*(f"{i % 2} 1:{i} 2:3" for i in range(40)), line])
+        message = f"the indices in line 41 must increase, got '{line}'"
+        refuse(path, message, target=None)
 
     def test_missing_values(self, write):
         path = write([f"{i % 2} 1:{i} 2:{'nan' if i < 3 else 1}" for i in range(40)])

@@ -1,5 +1,8 @@
 """The demo's model against scikit-learn, its hypergradient against central differences."""
 
+import re
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ from sklearn.metrics import accuracy_score, log_loss
 
 import bilevax as bx
 from bilevax.demo import model
-from bilevax.demo.data import Table, breast_cancer, digits, prepare
+from bilevax.demo.data import DataError, Table, breast_cancer, digits, prepare
 from bilevax.demo.tuning import inner_problem, make_engine, outer_objective
 
 
@@ -118,3 +121,56 @@ def test_split_is_a_partition_that_the_seed_determines():
 
     np.testing.assert_array_equal(order(3), order(3))
     assert np.any(order(3) != order(4))
+
+
+def refuse(features, message):
+    features = np.asarray(features, dtype=float)
+    names = [f"column {i}" for i in range(features.shape[1])]
+    table = Table("some", features, np.arange(len(features)) % 2, names, ["no", "yes"])
+    with warnings.catch_warnings(), pytest.raises(DataError, match=re.escape(message)) as caught:
+        warnings.simplefilter("error")
+        prepare(table, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e100])
+def test_data_that_do_not_vary_are_refused(value):
+    refuse(np.full((60, 3), value), "no column of some varies in the training rows")
+
+
+@pytest.mark.parametrize("row", range(6))  # some of them are in each part
+@pytest.mark.parametrize("value", [1e200, -1e308])
+def test_huge_cells_are_refused_in_every_part(row, value):
+    features = np.random.default_rng(0).normal(size=(60, 3))
+    features[row, 1] = value
+    refuse(features, f"column 'column 1' of some has a cell {value:g}, ")
+
+
+def test_the_reason_for_a_huge_cell_is_given():
+    features = np.random.default_rng(0).normal(size=(60, 2))
+    features[:, 1] *= 1e-8
+    features[0, 1] = 1.0
+    reasons = set()
+    for seed in range(20):  # the cell is among the training rows of some seeds
+        table = Table("some", features, np.arange(60) % 2, ["a", "b"], ["no", "yes"])
+        try:
+            task = prepare(table, seed)
+        except DataError as error:
+            reasons.add(str(error))
+        else:
+            assert np.abs(task.train.features).max() < np.sqrt(20)
+    assert reasons == {
+        "column 'b' of some has a cell 1, more than 1e+06 deviations from the mean of the "
+        "training rows; correct it, or remove its row"
+    }
+    refuse([[1e308, i] for i in range(60)], "1e+308, so large that the deviation of the training")
+
+
+def test_features_that_are_constant_in_training_rows_are_zero_in_all():
+    features = np.random.default_rng(0).normal(size=(60, 2))
+    features[:, 1] = 0.1
+    table = Table("some", features, np.arange(60) % 2, ["a", "b"], ["no", "yes"])
+    task = prepare(table, seed=0)
+    np.testing.assert_array_equal(task.constant, [False, True])
+    for part in task.parts.values():
+        np.testing.assert_array_equal(part.features[:, 1], 0)

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from bilevax.demo import figures, report
-from bilevax.demo.data import Table, Task, breast_cancer, digits, prepare
-from bilevax.demo.files import DataError, read_table
+from bilevax.demo.data import DataError, Table, Task, breast_cancer, clip, digits, prepare
+from bilevax.demo.files import read_table
 from bilevax.demo.study import MAX_WEIGHTS, is_small, measure_errors
 from bilevax.demo.tuning import search_grid, tune
 
@@ -48,13 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jax.config.update("jax_enable_x64", True)
     try:
         tables = _read(options.data, options.target)
+        tasks = [prepare(table, options.seed) for table in tables]
         _make_folder(options.output)
     except DataError as error:
         print(f"bilevax.demo: {error}", file=sys.stderr)
         return 2
     began = time.perf_counter()
     print(report.INTRODUCTION, flush=True)
-    data = [_run(prepare(table, options.seed), options.steps, options.output) for table in tables]
+    data = [_run(task, options.steps, options.output) for task in tasks]
     results = {"seed": options.seed, "steps": options.steps, "precision": "float64", "data": data}
     text = json.dumps(results, indent=1, allow_nan=False)
     (options.output / "results.json").write_text(text + "\n", encoding="utf-8")
@@ -75,7 +76,11 @@ def _read(path: Path | None, target: str | None) -> list[Table]:
 def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "results.json").touch()  # fails now, not after all the work
+        file = path / "results.json"
+        with file.open("a"):  # fails now, not after all the work
+            pass
+        if not file.stat().st_size:
+            file.unlink()  # nothing is left behind if the work fails
     except OSError as error:
         raise DataError(f"cannot write to the folder {path}: {error.strerror}") from None
 
@@ -126,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=_folder,
         default=Path("demo-output"),
         metavar="FOLDER",
         help="where the figures and numbers go (default: %(default)s)",
@@ -134,9 +139,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must name a folder, got {text!r}")
+    return Path(text)
+
+
 def _at_least(smallest: int) -> Callable[[str], int]:
     def whole_number(text: str) -> int:
-        number = int(text)
+        try:
+            number = int(text)
+        except ValueError:
+            message = f"must be a whole number, got {clip(text)!r}"
+            raise argparse.ArgumentTypeError(message) from None
         if number < smallest:
             raise argparse.ArgumentTypeError(f"must be {smallest} or more, got {number}")
         return number

@@ -9,6 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.datasets import load_breast_cancer, load_digits
 
+# A cell further from the mean than this, in deviations of the training rows, is refused: it would
+# drown all other cells, and it overflows in the loss sooner or later.
+MAX_DEVIATIONS = 1e6
+
+
+class DataError(ValueError):
+    """The user's data cannot be used; the message says why, in one line."""
+
 
 class Table(NamedTuple):
     """Data as read.
@@ -77,12 +85,20 @@ def prepare(table: Table, seed: int) -> Task:
 
     Thirds, because the validation rows are what the penalties are fitted to: many penalties need
     many of them. Mean and deviation are those of the training rows.
+
+    Raises:
+      DataError: if a cell is too far from the training rows, or nothing varies in them.
     """
     train, validation, test = _split(table.labels, seed)
-    mean = table.features[train].mean(axis=0)
-    deviation = table.features[train].std(axis=0)
-    constant = deviation <= 1e-12 * np.abs(mean)
-    standardised = (table.features - mean) / np.where(constant, 1, deviation)
+    with np.errstate(all="ignore"):  # what overflows here is refused below
+        mean = table.features[train].mean(axis=0)
+        deviation = table.features[train].std(axis=0)
+        constant = deviation <= 1e-12 * np.abs(mean)
+        # The weight of a constant feature is zero, so that its values in other rows do not count.
+        standardised = np.where(constant, 0, (table.features - mean) / deviation)
+    _check_distance(table, standardised, deviation)
+    if constant.all():
+        raise DataError(f"no column of {table.name} varies in the training rows")
 
     def part(rows: np.ndarray) -> Split:
         return Split(jnp.asarray(standardised[rows]), jnp.asarray(table.labels[rows], jnp.int32))
@@ -96,6 +112,35 @@ def prepare(table: Table, seed: int) -> Task:
         table.class_names,
         table.image_shape,
         constant,
+    )
+
+
+def clip(name: str, limit: int = 40) -> str:
+    """Cut the middle out of a long name, for a figure or a message."""
+    return name if len(name) <= limit else f"{name[: limit - 15]}...{name[-12:]}"
+
+
+def _check_distance(table: Table, standardised: np.ndarray, deviation: np.ndarray) -> None:
+    """Raise if a cell is too far from the training rows, and name it.
+
+    A cell among the training rows enlarges their deviation and so is never far from their mean;
+    it is refused if it is so large that their deviation overflows.
+    """
+    overflow = ~np.isfinite(deviation)
+    far = overflow | ~(np.abs(standardised) <= MAX_DEVIATIONS)  # NaN is far too
+    if not far.any():
+        return
+    column = int(far.any(axis=0).argmax())
+    cells = table.features[far[:, column], column]
+    cell = cells[np.abs(cells).argmax()]
+    reason = (
+        "so large that the deviation of the training rows overflows"
+        if overflow[column]
+        else f"more than {MAX_DEVIATIONS:.0e} deviations from the mean of the training rows"
+    )
+    raise DataError(
+        f"column '{clip(table.feature_names[column])}' of {table.name} has a cell {cell:g}, "
+        f"{reason}; correct it, or remove its row"
     )
 
 

@@ -11,9 +11,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, MaxNLocator, NullFormatter
 
-from bilevax.demo.data import Task
+from bilevax.demo.data import Task, clip
 from bilevax.demo.study import Study
 from bilevax.demo.tuning import START, Run
 
@@ -37,11 +37,12 @@ def plot_losses(task: Task, grid: Run, tuned: Run, path: Path) -> None:
         label = f"best single penalty, {part}"
         axes.axhline(level, color=styles[part][0], ls=line, lw=1.6, label=label)
     axes.set_yscale("log")
-    _label_few_decades(axes.yaxis, (1, 2, 3, 5))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("outer step (one inner solve each)")
     axes.set_ylabel("cross entropy (nats per row)")
     axes.set_title(f"{_text(task.name)}: {tuned.penalties[0].size} penalties tuned at once")
     axes.margins(x=0.02, y=0.08)
+    _label_logarithm(axes.yaxis)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
 
@@ -55,11 +56,37 @@ def plot_errors(task: Task, study: Study, path: Path) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.invert_xaxis()
-    axes.set_xlabel(r"distance to the inner solution, $\|x - x^*\| \, / \, \|x^*\|$")
+    _label_logarithm(axes.xaxis)
+    _label_logarithm(axes.yaxis)
+    ends = {name: error[-1] for name, error in study.error.items()}
+    _draw_guide(axes, study.distance, ends.pop("Newton step"), slope=2)
+    _draw_guide(axes, study.distance, min(ends.values()), slope=1)
+    distance = r"$\|x - x^*\| \, / \, \|x^*\|$"
+    axes.set_xlabel(f"distance to the inner solution, {distance}, smaller to the right")
     axes.set_ylabel("relative error of the hypergradient")
     axes.set_title(f"{_text(task.name)}: hypergradients at inexact inner solutions")
-    axes.legend(loc="lower left", frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)
+
+
+def _draw_guide(axes: Axes, distance: np.ndarray, end: float, slope: int) -> None:
+    """Draw a line of the slope that theory expects, a little below the end of a curve."""
+    if not (np.isfinite(end) and end > 0):
+        return
+    low, high = axes.get_ylim()
+    guide = 0.4 * end * (distance / distance[-1]) ** slope
+    axes.plot(distance, guide, color="0.5", lw=0.8, zorder=1)
+    axes.annotate(
+        f"slope {slope}",
+        (distance[-1], guide[-1]),
+        xytext=(0, -4),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        color="0.4",
+        fontsize=9,
+    )
+    axes.set_ylim(low / 2, high)
 
 
 def plot_penalties(task: Task, tuned: Run, path: Path) -> None:
@@ -93,7 +120,8 @@ def _draw_images(task: Task, penalties: np.ndarray, shape: tuple[int, int]) -> F
     figure.suptitle(f"{_text(task.name)}: tuned penalty of each pixel, for each class")
     figure.supxlabel("white: pixels that do not vary in the training rows", fontsize=9)
     label = "penalty (dark: the weight is free, bright: held near zero)"
-    figure.colorbar(ScalarMappable(**scale), ax=grid, label=label, aspect=30)
+    bar = figure.colorbar(ScalarMappable(**scale), ax=grid, label=label, aspect=30)
+    _label_logarithm(bar.ax.yaxis)
     return figure
 
 
@@ -112,8 +140,8 @@ def _draw_bars(task: Task, penalties: np.ndarray) -> Figure:
     axes.barh(rows, values - START, left=START, color=colors, height=0.75)
     axes.axvline(START, color="black", lw=1)
     axes.set_xscale("log")
-    _label_few_decades(axes.xaxis, (1, 3))
     axes.set_xlim(min(values.min(), START) / 1.2, max(values.max(), START) * 1.2)
+    _label_logarithm(axes.xaxis)
     axes.set_yticks(rows, [_text(task.feature_names[i]) for i in order], fontsize=8)
     axes.set_ylim(-0.7, len(order) - 0.3)
     axes.grid(visible=False, axis="y")
@@ -140,14 +168,18 @@ def _draw_map(task: Task, penalties: np.ndarray) -> Figure:
     axes.set_ylabel("feature")
     figure.suptitle(f"{_text(task.name)}: tuned penalties")
     figure.supxlabel("dark: the weight is free, bright: held near zero", fontsize=9)
-    figure.colorbar(ScalarMappable(**scale), ax=axes, label="penalty")
+    bar = figure.colorbar(ScalarMappable(**scale), ax=axes, label="penalty")
+    _label_logarithm(bar.ax.yaxis)
     return figure
 
 
 def _color_scale(penalties: np.ndarray) -> dict[str, Any]:
     """Return one logarithmic scale for all classes, brighter for stronger penalties."""
     colors = matplotlib.colormaps["cividis"].with_extremes(bad="white")
-    return {"norm": LogNorm(np.nanmin(penalties), np.nanmax(penalties)), "cmap": colors}
+    low, high = np.nanmin(penalties), np.nanmax(penalties)
+    if high < 1.1 * low:  # differences too small to tell: not the whole scale for them
+        low, high = low / 1.1, high * 1.1
+    return {"norm": LogNorm(low, high), "cmap": colors}
 
 
 def _blank(width: float, height: float) -> Figure:
@@ -163,14 +195,29 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _label_few_decades(axis: Axis, digits: tuple[int, ...]) -> None:
-    """Label a logarithmic axis by numbers such as 0.03, which begin with one of the digits."""
-    axis.set_major_locator(LogLocator(subs=digits))
-    axis.set_major_formatter(FormatStrFormatter("%g"))
+def _label_logarithm(axis: Axis) -> None:
+    """Label a logarithmic axis, whose limits are final, by numbers such as 0.03."""
+    low, high = sorted(axis.get_view_interval())
+    axis.set_major_locator(FixedLocator(round_numbers(low, high)))
+    axis.set_major_formatter(FormatStrFormatter("%.10g"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _text(name: str, limit: int = 40) -> str:
+def round_numbers(low: float, high: float) -> list[float]:
+    """Return about four to eight round numbers, or a few more, between two positive ones.
+
+    Matplotlib's own choice is powers of ten, of which a narrow range has one or none.
+    """
+    powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+        numbers = [digit * power for power in powers for digit in digits]
+        numbers = [number for number in numbers if low <= number <= high]
+        if len(numbers) >= 4:
+            return numbers[:: -(-len(numbers) // 10)]
+    evenly = MaxNLocator(5, min_n_ticks=3).tick_values(low, high)
+    return [float(number) for number in evenly if low <= number <= high]
+
+
+def _text(name: str) -> str:
     """Make a name from the data fit for a figure: not too long, and never a formula."""
-    name = name if len(name) <= limit else f"{name[: limit - 15]}...{name[-12:]}"
-    return name.replace("$", r"\$")
+    return clip(name).replace("$", r"\$")

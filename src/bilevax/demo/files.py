@@ -5,12 +5,12 @@ import io
 import re
 from collections import Counter
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from sklearn.datasets import load_svmlight_file
 
-from bilevax.demo.data import Table
+from bilevax.demo.data import DataError, Table, clip
 
 MISSING = {"", "?", "na", "n/a", "nan", "none", "null"}
 MAX_CLASSES = 30  # a numeric target with more values is taken for a quantity
@@ -18,18 +18,15 @@ MIN_ROWS = 30
 MIN_ROWS_PER_CLASS = 6  # two in each part
 MAX_ENTRIES = 20_000_000  # rows times features; 160 MB in float64
 
+_SVMLIGHT_SUFFIXES = {".svm", ".svmlight", ".libsvm"}
 _SVMLIGHT_LINE = re.compile(r"\s*[-+\d.eE]+(\s+qid:\d+)?(\s+\d+:\S+)+\s*(#.*)?")
-
-
-class DataError(ValueError):
-    """The user's data cannot be used; the message says why, in one line."""
 
 
 def read_table(path: Path, target: str | None) -> Table:
     """Read a CSV file with a header line, or a svmlight (LIBSVM) file.
 
     Args:
-      path: the file; which of the two it is shows in its first line.
+      path: the file; which of the two it is shows in its first line, or in the end of its name.
       target: the CSV column that holds the classes. A svmlight file has its target in front.
 
     Returns:
@@ -46,15 +43,17 @@ def read_table(path: Path, target: str | None) -> Table:
         raise DataError(f"{path} is not a text file (in UTF-8)") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
+    if "\0" in text:
+        raise DataError(f"{path} is not a text file: it has bytes that are zero")
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if not lines:
         raise DataError(f"{path} is empty")
-    if _SVMLIGHT_LINE.fullmatch(lines[0]):
-        return _read_svmlight(path, target)
+    if path.suffix.lower() in _SVMLIGHT_SUFFIXES or _SVMLIGHT_LINE.fullmatch(lines[0]):
+        return _read_svmlight(path, text, target)
     return _read_csv(path, text, target)
 
 
-def _read_svmlight(path: Path, target: str | None) -> Table:
+def _read_svmlight(path: Path, text: str, target: str | None) -> Table:
     if target is not None:
         raise DataError(
             f"{path} is a svmlight file, whose target stands in front of each line: "
@@ -63,14 +62,32 @@ def _read_svmlight(path: Path, target: str | None) -> Table:
     try:
         features, target_values = load_svmlight_file(str(path), dtype=np.float64)[:2]
     except (ValueError, OverflowError) as error:
-        raise DataError(f"{path} is not a valid svmlight file: {error}") from None
+        fault = _find_fault(text) or str(error)
+        raise DataError(f"{path} is not a valid svmlight file: {fault}") from None
     rows, columns = features.shape
     _check_size(path, rows, columns)
     names = [f"feature {i + 1}" for i in range(columns)]
     dense = features.toarray()
     _check_finite(path, names, ~np.isfinite(dense).T)
     _check_finite(path, ["the target"], ~np.isfinite(target_values)[None])
-    return _table(path, dense, [f"{value:g}" for value in target_values], names)
+    return _table(path, dense, [f"{value:.15g}" for value in target_values], names)
+
+
+def _find_fault(text: str) -> str | None:
+    """Say which line of a svmlight file is wrong, in the user's words, not in the reader's."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        label, *pairs = line.partition("#")[0].split() or ["0"]
+        if pairs and pairs[0].startswith("qid:"):
+            pairs = pairs[1:]
+        keys, values = [pair.partition(":")[0] for pair in pairs], [label]
+        values += [pair.partition(":")[2] for pair in pairs]
+        whole = all(key.isdecimal() and len(key) < 10 for key in keys)
+        if not whole or not all(map(_is_number, values)):
+            return f"line {number} is {_quote(line)}, expected 'label index:value index:value ...'"
+        indices = [int(key) for key in keys]
+        if indices != sorted(set(indices)):
+            return f"the indices in line {number} must increase, got {_quote(line)}"
+    return None
 
 
 def _read_csv(path: Path, text: str, target: str | None) -> Table:
@@ -80,7 +97,7 @@ def _read_csv(path: Path, text: str, target: str | None) -> Table:
     labels = [_one_line(row[position]) for row in rows]
     features = [j for j in range(len(header)) if j != position]
     if not features:
-        raise DataError(f"{path} has no column besides the target '{target}'")
+        raise DataError(f"{path} has no column besides the target {_quote(target)}")
     _check_size(path, len(rows), len(features))
 
     names = [header[j] for j in features]
@@ -92,16 +109,16 @@ def _read_csv(path: Path, text: str, target: str | None) -> Table:
             try:
                 numbers[k, i] = np.nan if cell.lower() in MISSING else float(cell)
             except ValueError:
-                texts.append(f"'{header[j]}' (for example '{_one_line(cell)[:40]}')")
+                texts.append(f"{_quote(header[j])} (for example {_quote(cell)})")
                 break
     if texts:
         raise DataError(
             f"{path} has columns that are not numbers: {_shorten(texts)}; "
             "turn them into numbers, or remove them"
         )
-    _check_finite(path, [f"'{name}'" for name in names], ~np.isfinite(numbers).T)
+    _check_finite(path, [_quote(name) for name in names], ~np.isfinite(numbers).T)
     without = np.array([label.lower() in MISSING for label in labels])
-    _check_finite(path, [f"the target '{target}'"], without[None])
+    _check_finite(path, [f"the target {_quote(target)}"], without[None])
     return _table(path, numbers, labels, names)
 
 
@@ -131,17 +148,21 @@ def _parse_csv(path: Path, text: str) -> tuple[list[str], list[list[str]]]:
 
 def _check_header(path: Path, header: list[str], target: str | None) -> str:
     """Return the name of the target column."""
-    columns = _shorten([f"'{name}'" for name in header])
-    repeated = [f"'{name}'" for name, count in Counter(header).items() if count > 1]
+    columns = _shorten([_quote(name) for name in header])
+    repeated = [_quote(name) for name, count in Counter(header).items() if count > 1]
     if "" in header:
-        raise DataError(f"column {header.index('') + 1} of {path} has no name; remove or name it")
-    if repeated:
-        raise DataError(f"{path} has columns of the same name: {_shorten(repeated)}")
-    if target is None:
-        raise DataError(f"say with --target which column of {path} holds the classes: {columns}")
-    if target not in header:
-        raise DataError(f"{path} has no column '{target}'; its columns are {columns}")
-    return target
+        problem = f"column {header.index('') + 1} of {path} has no name; remove or name it"
+    elif repeated:
+        problem = f"{path} has columns of the same name: {_shorten(repeated)}"
+    elif target is None:
+        problem = f"say with --target which column of {path} holds the classes: {columns}"
+    elif target in header:
+        return target
+    else:
+        problem = f"{path} has no column {_quote(target)}; its columns are {columns}"
+    if any(map(_is_number, header)):  # a name may be a number, but data in its place is more likely
+        problem += " (does the first line hold the names of the columns?)"
+    raise DataError(problem)
 
 
 def _check_size(path: Path, rows: int, columns: int) -> None:
@@ -167,9 +188,9 @@ def _table(path: Path, features: np.ndarray, labels: list[str], names: list[str]
     """Number the classes and check that there are enough rows of each."""
     numeric = all(_is_number(label) for label in labels)
     if numeric:  # 1 and 1.0 are one class
-        labels = [f"{float(label):g}" for label in labels]
+        labels = [f"{float(label):.15g}" for label in labels]
     counts = Counter(labels)
-    classes = sorted(counts, key=float) if numeric else sorted(counts)
+    classes = sorted(counts, key=float if numeric else _natural)
 
     def refuse(problem: str) -> NoReturn:
         raise DataError(f"{path} {problem}")
@@ -177,17 +198,27 @@ def _table(path: Path, features: np.ndarray, labels: list[str], names: list[str]
     if len(labels) < MIN_ROWS:
         refuse(f"has {len(labels)} rows, too few: this demo needs {MIN_ROWS}")
     if len(classes) == 1:
-        refuse(f"has only one class, '{classes[0]}', in its target; two or more are needed")
+        refuse(f"has only one class, {_quote(classes[0])}, in its target; two or more are needed")
     if numeric and len(classes) > MAX_CLASSES:
         refuse(
             f"has {len(classes)} different numbers in its target, which looks like a quantity; "
             f"this demo does classification, with at most {MAX_CLASSES} numeric classes"
         )
-    rare = [f"'{name}' ({counts[name]})" for name in classes if counts[name] < MIN_ROWS_PER_CLASS]
+    few = [name for name in classes if counts[name] < MIN_ROWS_PER_CLASS]
+    rare = [f"{_quote(name)} ({counts[name]})" for name in few]
     if rare:
         refuse(f"has classes with too few rows, under {MIN_ROWS_PER_CLASS}: {_shorten(rare)}")
     index = {name: i for i, name in enumerate(classes)}
     return Table(path.stem, features, np.array([index[label] for label in labels]), names, classes)
+
+
+def _natural(name: str) -> tuple[list[Any], str]:
+    """Order names as people do: class-2 before class-10."""
+    pieces: list[Any] = re.split(r"(\d+)", name)
+    for i in range(1, len(pieces), 2):
+        digits = pieces[i].lstrip("0")
+        pieces[i] = len(digits), digits
+    return pieces, name
 
 
 def _is_number(cell: str) -> bool:
@@ -200,6 +231,10 @@ def _is_number(cell: str) -> bool:
 
 def _one_line(cell: str) -> str:
     return " ".join(cell.split())
+
+
+def _quote(name: str) -> str:
+    return f"'{clip(_one_line(name))}'"
 
 
 def _shorten(items: list[str], limit: int = 10) -> str:

@@ -40,19 +40,26 @@ def compare(task: Task, grid: Run, tuned: Run) -> str:
         _row("tuned, one penalty each", tuned, tuned.best),
     ]
     heads = [
-        f"{'':28}{'loss':^24}{'accuracy, %':^24}{'inner':>8}{'seconds':>10}",
-        f"{'':28}{'train':>7}{'valid.':>8}{'test':>8} {'train':>8}{'valid.':>8}{'test':>8}"
+        f"{'':29}{'loss':^24}{'accuracy, %':^24}{'inner':>8}{'seconds':>10}",
+        f"{'':28}{'train':>8}{'valid.':>8}{'test':>8} {'train':>8}{'valid.':>8}{'test':>8}"
         f"{'solves':>8}{'run + compile':>15}",
     ]
     return "\n".join([*heads, *rows, "", *_conclusions(task, grid, tuned)])
 
 
 def _row(name: str, run: Run, entry: int, *, cost: bool = True) -> str:
-    losses = "".join(f"{run.loss[part][entry]:8.4f}" for part in _PARTS)
+    losses = "".join(_loss(run.loss[part][entry]) for part in _PARTS)
     shares = "".join(f"{100 * run.accuracy[part][entry]:8.1f}" for part in _PARTS)
     seconds = f"{run.run_seconds:.2f} + {run.compile_seconds:.1f}"
     costs = f"{len(run.status):8}{seconds:>15}" if cost else ""
-    return f"{name:27}{losses} {shares}{costs}"
+    return f"{name:28}{losses} {shares}{costs}"
+
+
+def _loss(value: float) -> str:
+    """Fill eight characters, whatever the value is."""
+    if value < 99:
+        return f"{value:8.4f}"
+    return f"{value:8.1f}" if value < 9e4 else f"{value:8.0e}"
 
 
 def _conclusions(task: Task, grid: Run, tuned: Run) -> list[str]:
@@ -159,6 +166,8 @@ def _common(grid: Run) -> float:
 
 
 def _change(ratio: float) -> str:
+    if not ratio < 10:  # NaN too
+        return f"{ratio:.2g} times as high"
     percent = round(100 * abs(ratio - 1))
     return f"{percent} % {'lower' if ratio < 1 else 'higher'}" if percent else "the same"
 
