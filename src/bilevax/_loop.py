@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -14,7 +15,7 @@ from bilevax.linear import default_rtol
 from bilevax.solvers import Iterate, Solver
 
 PyTree = Any
-_RUNNING = -1
+_RUNNING = np.int32(-1)
 
 
 def run(
@@ -50,12 +51,12 @@ def run(
     exhausted = out_of_steps(solver.rtol, solver.atol)
 
     def judge(norm: jax.Array, iterations: jax.Array, stalled: Any) -> jax.Array:
-        status = jnp.where(iterations >= solver.maxiter, exhausted, _RUNNING)
-        status = jnp.where(stalled, code(Status.STALLED), status)
+        status = trees.where(iterations >= solver.maxiter, exhausted, _RUNNING)
+        status = trees.where(stalled, code(Status.STALLED), status)
         diverged = norm * trees.epsilon(x0) - 1 > initial_norm
-        status = jnp.where(diverged, code(Status.DIVERGED), status)
-        status = jnp.where(norm <= target, code(Status.CONVERGED), status)
-        return jnp.where(jnp.isfinite(norm), status, code(Status.NONFINITE))
+        status = trees.where(diverged, code(Status.DIVERGED), status)
+        status = trees.where(norm <= target, code(Status.CONVERGED), status)
+        return trees.where(jnp.isfinite(norm), status, code(Status.NONFINITE))
 
     def step(state: tuple[Iterate, jax.Array, jax.Array]) -> tuple[Iterate, jax.Array, jax.Array]:
         iterate, iterations, _ = state

@@ -100,8 +100,12 @@ def max_abs(a: PyTree) -> jax.Array:
 
 
 def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
-    """Return a where the scalar condition holds and b elsewhere."""
-    return jax.tree.map(lambda u, w: jnp.where(condition, u, w), a, b)
+    """Return a where the scalar condition holds and b elsewhere; both have arrays of equal types.
+
+    Used for single numbers too, where there are many: `jnp.where` is a compiled function of its
+    own, which takes longer to trace and to lower.
+    """
+    return jax.tree.map(lambda u, w: jax.lax.select(condition, u, w), a, b)
 
 
 def is_float0(leaf: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax.tree
 
 from bilevax import _trees as trees
@@ -16,8 +17,8 @@ from bilevax.linear import _base as base
 
 PyTree = Any
 # What the next product is for. Below -2 stand the checks after which a status is final.
-_STEP = -1  # a step
-_CHECK = -2  # the true residual of the best iterate; if it is too large, steps follow
+_STEP = np.int32(-1)  # a step
+_CHECK = np.int32(-2)  # the true residual of the best iterate; if it is too large, steps follow
 
 
 def _last_check(status: Any) -> Any:
@@ -30,14 +31,18 @@ class _State(NamedTuple):
     r: PyTree  # b - A x, by recurrence
     p: PyTree  # what the next product is with: the search direction, or the best iterate
     rz: jax.Array  # <r, M r>
-    size: jax.Array  # <p, M^{-1} p>, by recurrence
-    largest: jax.Array  # max over steps of <p, A p> / <p, M^{-1} p>, at most ||M A||
     best: PyTree  # the iterate of smallest residual
-    best_square: jax.Array  # its ||r||^2; infinite until there is an iterate
-    checked_square: jax.Array  # ||b - A x||^2 when it was last measured, else infinite
+    numbers: jax.Array  # the `_Numbers`, in one array: compilers make one program of it, not four
     phase: jax.Array  # what the next product is for, or the final status
     iterations: jax.Array
     products: jax.Array
+
+
+class _Numbers(NamedTuple):
+    size: jax.Array  # <p, M^{-1} p>, by recurrence
+    largest: jax.Array  # max over steps of <p, A p> / <p, M^{-1} p>, at most ||M A||
+    best: jax.Array  # ||r||^2 of the best iterate; infinite until there is one
+    checked: jax.Array  # ||b - A x||^2 when it was last measured, else infinite
 
 
 @trees.register
@@ -104,53 +109,61 @@ class CG(base.LinearSolver):
         target = base.tolerance(operator, rhs, self.rtol, self.atol) ** 2
         rhs_square = trees.inner(rhs, rhs)
         exhausted = out_of_steps(self.rtol, self.atol)
-        infinity, zero = jnp.full_like(rhs_square, jnp.inf), optax.tree.zeros_like(rhs)
+        none, infinity = jnp.zeros_like(rhs_square), jnp.full_like(rhs_square, jnp.inf)
+        zero = optax.tree.zeros_like(rhs)
 
         def step(state: _State) -> _State:
             # One product a pass, so that the operator is compiled once: with a direction to take a
             # step, or with the best iterate to measure its residual. Where steps follow a check, x
             # is that iterate, for a check is due as soon as its residual is below the tolerance.
-            check = state.phase != _STEP
+            check, last = state.phase != _STEP, _Numbers(*state.numbers)
             image = operator.matvec(state.p)
             curvature = trees.inner(state.p, image)
-            alpha = jnp.where(check, 0, state.rz / curvature)
+            alpha = trees.where(check, none, state.rz / curvature)
             x = trees.add_scaled(state.x, alpha, state.p)
             r = trees.where(check, rhs, state.r)
-            r = trees.add_scaled(r, -jnp.where(check, 1, alpha), image)
+            r = trees.add_scaled(r, -trees.where(check, jnp.ones_like(alpha), alpha), image)
             square, best = trees.inner(r, r), state.best
             if guess is not None:
                 # A guess worse than zero is of no use as a start: begin again from zero.
                 worse = (state.products == 0) & ~(square <= rhs_square)
                 x, r, best = trees.where(worse, (zero, rhs, zero), (x, r, best))
-                square = jnp.where(worse, infinity, square)
+                square = trees.where(worse, infinity, square)
             z = apply_preconditioner(r)
             rz = trees.inner(r, z)
-            beta = jnp.where(check, 0, rz / state.rz)
+            beta = trees.where(check, none, rz / state.rz)
 
-            rounding = operator.rounding * state.largest * state.size
+            rounding = operator.rounding * last.largest * last.size
             good = ~check & (curvature > 0.5 * rounding) & jnp.isfinite(square) & (rz >= 0)
-            better = good & (square < state.best_square)
-            checked = check & jnp.isfinite(state.best_square)
+            better = good & (square < last.best)
+            checked = check & jnp.isfinite(last.best)
             best = trees.where(better, x, best)
             iterations = state.iterations + good.astype(jnp.int32)
+            largest = jnp.maximum(last.largest, curvature / last.size)
+            numbers = _Numbers(
+                size=rz + beta**2 * last.size,
+                largest=trees.where(good, largest, last.largest),
+                best=trees.where(better | checked, square, last.best),
+                checked=trees.where(check, square, last.checked),
+            )
 
             # After a step: carry on, or check the iterate that is to be returned.
             small = jnp.abs(curvature) <= 8 * rounding
-            failed = jnp.where(small | (rz < 0), code(Status.BREAKDOWN), code(Status.INDEFINITE))
+            failed = trees.where(small | (rz < 0), code(Status.BREAKDOWN), code(Status.INDEFINITE))
             finite = jnp.isfinite(curvature) & (jnp.isfinite(square + rz) | small)
-            failed = jnp.where(finite, failed, code(Status.NONFINITE))
-            after_step = jnp.where(square <= target, _CHECK, _STEP)
-            after_step = jnp.where(iterations < maxiter, after_step, _last_check(exhausted))
-            after_step = jnp.where(good, after_step, _last_check(failed))
+            failed = trees.where(finite, failed, code(Status.NONFINITE))
+            after_step = trees.where(square <= target, _CHECK, _STEP)
+            after_step = trees.where(iterations < maxiter, after_step, _last_check(exhausted))
+            after_step = trees.where(good, after_step, _last_check(failed))
 
             # After a check: done, or restart from the true residual; a second restart without
             # progress is the end of what this precision allows.
-            stuck = square > 0.25 * state.checked_square
-            after_check = jnp.where(stuck, code(Status.BREAKDOWN), _STEP)
+            stuck = square > 0.25 * last.checked
+            after_check = trees.where(stuck, code(Status.BREAKDOWN), _STEP)
             is_last = state.phase < _CHECK
-            after_check = jnp.where(is_last, _last_check(state.phase), after_check)
-            after_check = jnp.where(square <= target, code(Status.CONVERGED), after_check)
-            phase = jnp.where(check, after_check, after_step)
+            after_check = trees.where(is_last, _last_check(state.phase), after_check)
+            after_check = trees.where(square <= target, code(Status.CONVERGED), after_check)
+            phase = trees.where(check, after_check, after_step)
             # Not by beta = 0 alone, for after a check of a bad guess p may be infinite.
             direction = trees.where(check, z, trees.add_scaled(z, beta, state.p))
             return _State(
@@ -158,13 +171,8 @@ class CG(base.LinearSolver):
                 r=r,
                 p=trees.where(phase <= _CHECK, best, direction),
                 rz=rz,
-                size=rz + beta**2 * state.size,
-                largest=jnp.where(
-                    good, jnp.maximum(state.largest, curvature / state.size), state.largest
-                ),
                 best=best,
-                best_square=jnp.where(better | checked, square, state.best_square),
-                checked_square=jnp.where(check, square, state.checked_square),
+                numbers=jnp.stack(numbers),
                 phase=phase,
                 iterations=iterations,
                 products=state.products + 1,
@@ -173,34 +181,33 @@ class CG(base.LinearSolver):
         z = apply_preconditioner(rhs)
         rz = trees.inner(rhs, z)
         if guess is None:
+            # Zero needs no case of its own: its first step fails, and the check finds it solved.
             first, first_square, p = zero, infinity, z
             phase = jnp.where(maxiter > 0, _STEP, exhausted)
         else:  # the first product measures the guess, whatever `maxiter` is
             first, first_square = trees.where(rhs_square > 0, guess, zero), rhs_square
             p, phase = first, jnp.where(maxiter > 0, _CHECK, _last_check(exhausted))
-        phase = jnp.where(jnp.isfinite(rhs_square), phase, code(Status.NONFINITE))
         start = _State(
             x=first,
             r=rhs,
             p=p,
             rz=rz,
-            size=rz,
-            largest=jnp.zeros_like(rhs_square),
             best=first,
-            best_square=first_square,
-            checked_square=infinity,
-            phase=jnp.where(rhs_square > 0, phase, code(Status.CONVERGED)),
+            numbers=jnp.stack(_Numbers(rz, none, first_square, infinity)),
+            phase=phase,
             iterations=jnp.zeros((), jnp.int32),
             products=jnp.zeros((), jnp.int32),
         )
         end = jax.lax.while_loop(lambda state: state.phase < 0, step, start)
 
         # Never a zero in place of a solution: without any iterate the result is NaN.
-        empty = jnp.isinf(end.best_square) & (rhs_square > 0)
+        square = _Numbers(*end.numbers).best
+        empty = jnp.isinf(square) & (rhs_square > 0)
         solution = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), end.best)
-        relative = jnp.where(empty, rhs_square, end.best_square)
+        relative = trees.where(empty, rhs_square, square)
         relative = relative / jnp.where(rhs_square > 0, rhs_square, 1)
         residual = jnp.where(rhs_square > 0, jnp.sqrt(relative), 0)
         done = (end.phase == Status.BREAKDOWN) & (relative <= base.attainable(operator) ** 2)
+        done = done | (rhs_square == 0)
         status = jnp.where(done, code(Status.CONVERGED), end.phase)
         return solution, LinearReport(status, end.iterations, end.products, residual)
