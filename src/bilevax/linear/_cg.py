@@ -32,7 +32,12 @@ class _State(NamedTuple):
     p: PyTree  # what the next product is with: the search direction, or the best iterate
     rz: jax.Array  # <r, M r>
     best: PyTree  # the iterate of smallest residual
-    numbers: jax.Array  # the `_Numbers`, in one array: compilers make one program of it, not four
+    # In one array each, for a compiler makes a program for every array:
+    numbers: jax.Array  # the `_Numbers`
+    counts: jax.Array  # the `_Counts`
+
+
+class _Counts(NamedTuple):
     phase: jax.Array  # what the next product is for, or the final status
     iterations: jax.Array
     products: jax.Array
@@ -116,7 +121,8 @@ class CG(base.LinearSolver):
             # One product a pass, so that the operator is compiled once: with a direction to take a
             # step, or with the best iterate to measure its residual. Where steps follow a check, x
             # is that iterate, for a check is due as soon as its residual is below the tolerance.
-            check, last = state.phase != _STEP, _Numbers(*state.numbers)
+            last, counts = _Numbers(*state.numbers), _Counts(*state.counts)
+            check = counts.phase != _STEP
             image = operator.matvec(state.p)
             curvature = trees.inner(state.p, image)
             alpha = trees.where(check, none, state.rz / curvature)
@@ -126,7 +132,7 @@ class CG(base.LinearSolver):
             square, best = trees.inner(r, r), state.best
             if guess is not None:
                 # A guess worse than zero is of no use as a start: begin again from zero.
-                worse = (state.products == 0) & ~(square <= rhs_square)
+                worse = (counts.products == 0) & ~(square <= rhs_square)
                 x, r, best = trees.where(worse, (zero, rhs, zero), (x, r, best))
                 square = trees.where(worse, infinity, square)
             z = apply_preconditioner(r)
@@ -138,7 +144,7 @@ class CG(base.LinearSolver):
             better = good & (square < last.best)
             checked = check & jnp.isfinite(last.best)
             best = trees.where(better, x, best)
-            iterations = state.iterations + good.astype(jnp.int32)
+            iterations = counts.iterations + good.astype(jnp.int32)
             largest = jnp.maximum(last.largest, curvature / last.size)
             numbers = _Numbers(
                 size=rz + beta**2 * last.size,
@@ -160,8 +166,8 @@ class CG(base.LinearSolver):
             # progress is the end of what this precision allows.
             stuck = square > 0.25 * last.checked
             after_check = trees.where(stuck, code(Status.BREAKDOWN), _STEP)
-            is_last = state.phase < _CHECK
-            after_check = trees.where(is_last, _last_check(state.phase), after_check)
+            is_last = counts.phase < _CHECK
+            after_check = trees.where(is_last, _last_check(counts.phase), after_check)
             after_check = trees.where(square <= target, code(Status.CONVERGED), after_check)
             phase = trees.where(check, after_check, after_step)
             # Not by beta = 0 alone, for after a check of a bad guess p may be infinite.
@@ -173,9 +179,7 @@ class CG(base.LinearSolver):
                 rz=rz,
                 best=best,
                 numbers=jnp.stack(numbers),
-                phase=phase,
-                iterations=iterations,
-                products=state.products + 1,
+                counts=jnp.stack(_Counts(phase, iterations, counts.products + 1)),
             )
 
         z = apply_preconditioner(rhs)
@@ -194,11 +198,10 @@ class CG(base.LinearSolver):
             rz=rz,
             best=first,
             numbers=jnp.stack(_Numbers(rz, none, first_square, infinity)),
-            phase=phase,
-            iterations=jnp.zeros((), jnp.int32),
-            products=jnp.zeros((), jnp.int32),
+            counts=jnp.stack(_Counts(phase, np.int32(0), np.int32(0))),
         )
-        end = jax.lax.while_loop(lambda state: state.phase < 0, step, start)
+        end = jax.lax.while_loop(lambda state: _Counts(*state.counts).phase < 0, step, start)
+        phase, iterations, products = _Counts(*end.counts)
 
         # Never a zero in place of a solution: without any iterate the result is NaN.
         square = _Numbers(*end.numbers).best
@@ -207,7 +210,7 @@ class CG(base.LinearSolver):
         relative = trees.where(empty, rhs_square, square)
         relative = relative / jnp.where(rhs_square > 0, rhs_square, 1)
         residual = jnp.where(rhs_square > 0, jnp.sqrt(relative), 0)
-        done = (end.phase == Status.BREAKDOWN) & (relative <= base.attainable(operator) ** 2)
+        done = (phase == Status.BREAKDOWN) & (relative <= base.attainable(operator) ** 2)
         done = done | (rhs_square == 0)
-        status = jnp.where(done, code(Status.CONVERGED), end.phase)
-        return solution, LinearReport(status, end.iterations, end.products, residual)
+        status = jnp.where(done, code(Status.CONVERGED), phase)
+        return solution, LinearReport(status, iterations, products, residual)
