@@ -191,6 +191,7 @@ class CG(base.LinearSolver):
         else:  # the first product measures the guess, whatever `maxiter` is
             first, first_square = trees.where(rhs_square > 0, guess, zero), rhs_square
             p, phase = first, jnp.where(maxiter > 0, _CHECK, _last_check(exhausted))
+        zero_count = jnp.zeros((), jnp.int32)
         start = _State(
             x=first,
             r=rhs,
@@ -198,7 +199,7 @@ class CG(base.LinearSolver):
             rz=rz,
             best=first,
             numbers=jnp.stack(_Numbers(rz, none, first_square, infinity)),
-            counts=jnp.stack(_Counts(phase, np.int32(0), np.int32(0))),
+            counts=jnp.stack(_Counts(phase, zero_count, zero_count)),
         )
         end = jax.lax.while_loop(lambda state: _Counts(*state.counts).phase < 0, step, start)
         phase, iterations, products = _Counts(*end.counts)
