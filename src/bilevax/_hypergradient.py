@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from bilevax import _checks as checks
 from bilevax import _loop as loop
 from bilevax import _trees as trees
+from bilevax._estimator import estimate
 from bilevax._failure import OnFailure, guard
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, SolveReport
@@ -205,32 +206,19 @@ def _evaluate(
     scale = trees.norm(problem.optimality(warm.start, y))
     x, inner = loop.run(solver, problem, warm.x, y, scale)
     settings = Settings.following(solver.rtol, x, on_failure)
-    x, correction = rule.correct(problem, x, y, settings)
-    inner = inner._replace(correction=correction)
-
-    shape = jax.eval_shape(outer, x, y)
-    if has_aux and not (isinstance(shape, tuple | list) and len(shape) == 2):
-        raise TypeError(
-            "`outer` must return a pair (value, aux) with `has_aux=True`, "
-            f"got {checks.describe(shape)}."
-        )
-    checks.scalar_output("outer", shape[0] if has_aux else shape)
-    value, pull_outer, *aux = jax.vjp(outer, x, y, has_aux=has_aux)
-    cotangent_x, explicit = pull_outer(jnp.ones_like(value))
-    _, implicit, rule_report = rule.pull(problem, x, y, cotangent_x, warm.adjoint, settings)
-    gradient = trees.add_cotangents(explicit, implicit)
-
-    report = HypergradientReport(inner, rule_report.solve, rule_report.identity_entries)
+    found = estimate(outer, problem, rule, x, y, settings, guess=warm.adjoint, has_aux=has_aux)
+    inner = inner._replace(correction=found.correction)
+    report = HypergradientReport(inner, found.rule.solve, found.rule.identity_entries)
     statuses = {"inner solve": inner.status}
-    if correction is not None:
-        statuses["correction of x"] = correction.status
-    warm_x = x
+    if found.correction is not None:
+        statuses["correction of x"] = found.correction.status
+    warm_x, (x, value, gradient) = found.x, (found.x, found.value, found.gradient)
     for what, status in statuses.items():
         failed = is_failure(status)
         warm_x = trees.where(failed, warm.start, warm_x)
         x, value, gradient = guard(on_failure, what, failed, status, (x, value, gradient))
     # The adjoint of a `Reparameterized` rule is like z; a carry of `scan` must stay like x.
     flat, unravel = ravel_pytree(x)
-    adjoint = unravel(ravel_pytree(rule_report.adjoint)[0].astype(flat.dtype))
+    adjoint = unravel(ravel_pytree(found.rule.adjoint)[0].astype(flat.dtype))
     following = WarmStart(warm_x, adjoint, warm.start)
-    return Hypergradient(value, gradient, x, following, report, aux[0] if aux else None)
+    return Hypergradient(value, gradient, x, following, report, found.aux)

@@ -64,7 +64,7 @@ class ExpChange(Change):
     """
 
     def localise(self, problem: Problem, x: PyTree) -> Partial:
-        return Partial(_exponential, jax.tree.map(jnp.sign, jax.lax.stop_gradient(x)))
+        return Partial(_exponential, jax.tree.map(jnp.sign, x))
 
     def invert(self, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
         # The inner `where` keeps the derivative of the unused branch finite.
@@ -114,12 +114,10 @@ class DiagonalChange(Change):
         object.__setattr__(self, "diagonal", as_diagonal(self.diagonal))
 
     def localise(self, problem: Problem, x: PyTree) -> Partial:
-        return Partial(_divide_by_diagonal, self.diagonal, problem, jax.lax.stop_gradient(x))
+        return Partial(_divide_by_diagonal, self.diagonal, problem, x)
 
     def invert(self, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
-        diagonal = self.diagonal.evaluate(  # type: ignore[union-attr]
-            problem, jax.lax.stop_gradient(x), y
-        )
+        diagonal = self.diagonal.evaluate(problem, x, y)  # type: ignore[union-attr]
         return jax.tree.map(jnp.multiply, diagonal, x)
 
 

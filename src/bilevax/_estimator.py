@@ -1,0 +1,79 @@
+"""The estimator Omega(x, y) of a rule: from a point near x*(y) to value and hypergradient."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bilevax import _checks as checks
+from bilevax import _trees as trees
+from bilevax._problems import Problem
+from bilevax._results import LinearReport, RuleReport
+from bilevax.rules import Rule, Settings
+
+PyTree = Any
+
+
+class Estimate(NamedTuple):
+    """What a rule makes of a point x.
+
+    Attributes:
+      value: g at `x`, a scalar.
+      gradient: Omega, a pytree like y (float0 for integer and key leaves).
+      x: the point at which both are evaluated, after a correction if the rule makes one.
+      correction: the `LinearReport` of the correction, or None.
+      rule: the `RuleReport` of the adjoint solve.
+      aux: what the outer objective returns besides, or None.
+    """
+
+    value: jax.Array
+    gradient: PyTree
+    x: PyTree
+    correction: LinearReport | None
+    rule: RuleReport
+    aux: Any
+
+
+def checked_point(
+    outer: Callable[..., Any], problem: Problem, rule: Rule, x: PyTree, y: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Check what a user hands to a function that looks at a rule at (x, y); return the arrays."""
+    checks.is_callable("outer", outer)
+    checks.is_component("problem", problem, Problem, "minimum(objective)")
+    checks.is_component("rule", rule, Rule, "Implicit()")
+    checks.inner_variable(x)
+    checks.outer_variable(y)
+    x, y = trees.as_arrays(x), trees.as_arrays(y)
+    rule.check_values(x, y)
+    return x, y
+
+
+def estimate(
+    outer: Callable[..., Any],
+    problem: Problem,
+    rule: Rule,
+    x: PyTree,
+    y: PyTree,
+    settings: Settings,
+    *,
+    guess: PyTree | None = None,
+    has_aux: bool = False,
+) -> Estimate:
+    """Evaluate Omega(x, y) = g_2 + (dx*/dy)^T g_1 at the point that the rule makes of x.
+
+    It runs inside one trace and is differentiable in x, through the linear solves.
+    """
+    x, correction = rule.correct(problem, x, y, settings)
+    shape = jax.eval_shape(outer, x, y)
+    if has_aux and not (isinstance(shape, tuple | list) and len(shape) == 2):
+        raise TypeError(
+            "`outer` must return a pair (value, aux) with `has_aux=True`, "
+            f"got {checks.describe(shape)}."
+        )
+    checks.scalar_output("outer", shape[0] if has_aux else shape)
+    value, pull_outer, *aux = jax.vjp(outer, x, y, has_aux=has_aux)
+    cotangent_x, explicit = pull_outer(jnp.ones_like(value))
+    _, implicit, report = rule.pull(problem, x, y, cotangent_x, guess, settings)
+    gradient = trees.add_cotangents(explicit, implicit)
+    return Estimate(value, gradient, x, correction, report, aux[0] if aux else None)
