@@ -30,8 +30,13 @@ from bilevax._solution_map import SolutionMap as SolutionMap
 from bilevax._solution_map import implicit_function as implicit_function
 from bilevax._solution_map import solution_map as solution_map
 from bilevax._status import Status as Status
+from bilevax.certificates import AbsoluteAccuracy as AbsoluteAccuracy
+from bilevax.certificates import Accuracy as Accuracy
+from bilevax.certificates import Certificate as Certificate
 from bilevax.certificates import EfficiencyConstant as EfficiencyConstant
+from bilevax.certificates import RelativeAccuracy as RelativeAccuracy
 from bilevax.certificates import efficiency_constant as efficiency_constant
+from bilevax.certificates import hypergradient_error as hypergradient_error
 from bilevax.linear import CG as CG
 from bilevax.linear import GMRES as GMRES
 from bilevax.linear import BiCGStab as BiCGStab

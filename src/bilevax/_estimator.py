@@ -60,11 +60,27 @@ def estimate(
     guess: PyTree | None = None,
     has_aux: bool = False,
 ) -> Estimate:
-    """Evaluate Omega(x, y) = g_2 + (dx*/dy)^T g_1 at the point that the rule makes of x.
+    """Move x to the point of the rule and evaluate Omega there; see `evaluate`.
 
     It runs inside one trace and is differentiable in x, through the linear solves.
     """
     x, correction = rule.correct(problem, x, y, settings)
+    found = evaluate(outer, problem, rule, x, y, settings, guess=guess, has_aux=has_aux)
+    return found._replace(correction=correction)
+
+
+def evaluate(
+    outer: Callable[..., Any],
+    problem: Problem,
+    rule: Rule,
+    x: PyTree,
+    y: PyTree,
+    settings: Settings,
+    *,
+    guess: PyTree | None = None,
+    has_aux: bool = False,
+) -> Estimate:
+    """Evaluate Omega = g_2 + (dx*/dy)^T g_1 at x as it is, without a correction."""
     shape = jax.eval_shape(outer, x, y)
     if has_aux and not (isinstance(shape, tuple | list) and len(shape) == 2):
         raise TypeError(
@@ -76,4 +92,4 @@ def estimate(
     cotangent_x, explicit = pull_outer(jnp.ones_like(value))
     _, implicit, report = rule.pull(problem, x, y, cotangent_x, guess, settings)
     gradient = trees.add_cotangents(explicit, implicit)
-    return Estimate(value, gradient, x, correction, report, aux[0] if aux else None)
+    return Estimate(value, gradient, x, None, report, aux[0] if aux else None)

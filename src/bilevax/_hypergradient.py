@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax.tree
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
@@ -19,6 +18,7 @@ from bilevax._failure import OnFailure, guard
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, SolveReport
 from bilevax._status import is_failure
+from bilevax.certificates import Accuracy, Certificate, solve_accurately
 from bilevax.rules import Implicit, Rule, Settings
 from bilevax.solvers import Solver
 
@@ -49,11 +49,17 @@ class HypergradientReport(NamedTuple):
       inner: the `SolveReport` of the inner solve, with the correction of a `Preconditioned` rule.
       adjoint: the `LinearReport` of the adjoint solve.
       identity_entries: see `RuleReport`.
+      certificate: with `accuracy=`, the `Certificate` of the hypergradient; else None.
+
+    With `accuracy=` the inner solver stops by the certificate, so `inner.status` tells whether the
+    accuracy was reached: CONVERGED; MAXITER; STALLED where this precision allows no more. Costs are
+    those of all rounds together.
     """
 
     inner: SolveReport
     adjoint: LinearReport
     identity_entries: jax.Array
+    certificate: Certificate | None = None
 
 
 class Hypergradient(NamedTuple):
@@ -107,6 +113,7 @@ class Engine:
     problem: Problem
     solver: Solver
     rule: Rule
+    accuracy: Accuracy | None
     has_aux: bool
     on_failure: OnFailure
 
@@ -129,6 +136,7 @@ class Engine:
             self.problem,
             self.solver,
             self.rule,
+            self.accuracy,
             y,
             warm,
             has_aux=self.has_aux,
@@ -142,6 +150,7 @@ def value_and_hypergradient(
     solver: Solver,
     rule: Rule | None = None,
     *,
+    accuracy: Accuracy | None = None,
     has_aux: bool = False,
     on_failure: OnFailure = OnFailure.RETURN,
 ) -> Engine:
@@ -161,6 +170,10 @@ def value_and_hypergradient(
       problem: `minimum(f)`, `root(F)` or `fixed_point(T)`.
       solver: the inner `Solver`.
       rule: how the derivative is formed; None is `Implicit()`.
+      accuracy: `RelativeAccuracy(value)` or `AbsoluteAccuracy(value)`. The inner solver then runs on,
+        in place of its `rtol`, until a certificate says that the hypergradient is that accurate; its
+        `maxiter` and `atol` still bound it. Linear solves without a tolerance of their own follow
+        the accuracy.
       has_aux: whether `outer` returns a pair.
       on_failure: by default results are returned as they are and the report tells; see
         `solution_map`.
@@ -185,9 +198,11 @@ def value_and_hypergradient(
     checks.is_component("problem", problem, Problem, "minimum(objective)")
     checks.is_component("solver", solver, Solver, "Newton()")
     checks.is_component("rule", rule, Rule, "Implicit()")
+    if accuracy is not None:
+        checks.is_component("accuracy", accuracy, Accuracy, "RelativeAccuracy(1e-2)")
     checks.is_component("on_failure", on_failure, OnFailure, "OnFailure.RETURN")
     function = outer if isinstance(outer, Partial) else Partial(outer)
-    return Engine(function, problem, solver, rule, has_aux, on_failure)
+    return Engine(function, problem, solver, rule, accuracy, has_aux, on_failure)
 
 
 @functools.partial(jax.jit, static_argnames=("has_aux", "on_failure"))
@@ -196,6 +211,7 @@ def _evaluate(
     problem: Problem,
     solver: Solver,
     rule: Rule,
+    accuracy: Accuracy | None,
     y: PyTree,
     warm: WarmStart,
     has_aux: bool,
@@ -204,11 +220,27 @@ def _evaluate(
     problem.check(warm.x, y)
     rule.check(problem, warm.x, y)
     scale = trees.norm(problem.optimality(warm.start, y))
-    x, inner = loop.run(solver, problem, warm.x, y, scale)
-    settings = Settings.following(solver.rtol, x, on_failure)
-    found = estimate(outer, problem, rule, x, y, settings, guess=warm.adjoint, has_aux=has_aux)
-    inner = inner._replace(correction=found.correction)
-    report = HypergradientReport(inner, found.rule.solve, found.rule.identity_entries)
+    if accuracy is None:
+        x, inner = loop.run(solver, problem, warm.x, y, scale)
+        settings = Settings.following(solver.rtol, x, on_failure)
+        found = estimate(outer, problem, rule, x, y, settings, guess=warm.adjoint, has_aux=has_aux)
+        inner = inner._replace(correction=found.correction)
+        certificate = None
+    else:
+        found, inner, certificate = solve_accurately(
+            outer,
+            problem,
+            solver,
+            rule,
+            accuracy,
+            warm.x,
+            warm.adjoint,
+            y,
+            scale,
+            on_failure,
+            has_aux=has_aux,
+        )
+    report = HypergradientReport(inner, found.rule.solve, found.rule.identity_entries, certificate)
     statuses = {"inner solve": inner.status}
     if found.correction is not None:
         statuses["correction of x"] = found.correction.status

@@ -36,24 +36,52 @@ def run(
     Returns:
       The last iterate and a `SolveReport`.
     """
-    checks.single_numbers(solver)
     first = solver.init(problem, x0, y)
     initial_norm = first.residual
-    dtype = initial_norm.dtype
-    rtol = jnp.asarray(stopping_rtol(solver, x0), dtype)
-    if solver.atol is None:
-        size = problem.terms_norm(x0, y)
-        atol = 10 * trees.epsilon(x0) * jnp.where(jnp.isfinite(size), size, 0)
-    else:
-        atol = jnp.asarray(solver.atol, dtype)
+    rtol = jnp.asarray(stopping_rtol(solver, x0), initial_norm.dtype)
+    atol = smallest_target(solver, problem, x0, y, initial_norm)
     scale = jnp.where(jnp.isfinite(scale), scale, 0)
     target = jnp.maximum(rtol * jnp.maximum(initial_norm, scale), atol)
     exhausted = out_of_steps(solver.rtol, solver.atol)
+    start = (first, jnp.zeros((), jnp.int32))
+    iterate, iterations, status = advance(
+        solver, problem, y, start, target, initial_norm, exhausted
+    )
+    return iterate.x, SolveReport(status, iterations, iterate.residual, initial_norm)
 
-    def judge(norm: jax.Array, iterations: jax.Array, stalled: Any) -> jax.Array:
+
+def smallest_target(
+    solver: Solver, problem: Problem, x0: PyTree, y: PyTree, like: jax.Array
+) -> jax.Array:
+    """Return `atol`, or in its place ten times the rounding error of F at a solution near x0."""
+    checks.single_numbers(solver)
+    if solver.atol is not None:
+        return jnp.asarray(solver.atol, like.dtype)
+    size = problem.terms_norm(x0, y)
+    return 10 * trees.epsilon(x0) * jnp.where(jnp.isfinite(size), size, 0)
+
+
+def advance(
+    solver: Solver,
+    problem: Problem,
+    y: PyTree,
+    start: tuple[Iterate, jax.Array],
+    target: jax.Array,
+    initial_norm: jax.Array,
+    exhausted: jax.Array,
+) -> tuple[Iterate, jax.Array, jax.Array]:
+    """Run on from an iterate and a count of iterations until ||F|| <= target.
+
+    Returns:
+      The iterate, the count, and a status: `exhausted` where the count has come to `maxiter`;
+      DIVERGED where ||F|| has grown from `initial_norm` by 1 / eps.
+    """
+
+    def judge(iterate: Iterate, iterations: jax.Array) -> jax.Array:
+        norm, epsilon = iterate.residual, trees.epsilon(iterate.x)
         status = trees.where(iterations >= solver.maxiter, exhausted, _RUNNING)
-        status = trees.where(stalled, code(Status.STALLED), status)
-        diverged = norm * trees.epsilon(x0) - 1 > initial_norm
+        status = trees.where(iterate.stalled, code(Status.STALLED), status)
+        diverged = norm * epsilon - 1 > initial_norm
         status = trees.where(diverged, code(Status.DIVERGED), status)
         status = trees.where(norm <= target, code(Status.CONVERGED), status)
         return trees.where(jnp.isfinite(norm), status, code(Status.NONFINITE))
@@ -62,14 +90,9 @@ def run(
         iterate, iterations, _ = state
         iterate = solver.step(problem, iterate, y)
         iterations = iterations + 1
-        return iterate, iterations, judge(iterate.residual, iterations, iterate.stalled)
+        return iterate, iterations, judge(iterate, iterations)
 
-    none = jnp.zeros((), jnp.int32)
-    start = (first, none, judge(initial_norm, none, False))
-    iterate, iterations, status = jax.lax.while_loop(
-        lambda state: state[2] == _RUNNING, step, start
-    )
-    return iterate.x, SolveReport(status, iterations, iterate.residual, initial_norm)
+    return jax.lax.while_loop(lambda state: state[2] == _RUNNING, step, (*start, judge(*start)))
 
 
 def stopping_rtol(solver: Solver, x: PyTree) -> Any:

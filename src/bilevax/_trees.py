@@ -118,6 +118,11 @@ def add_cotangents(a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda u, w: u if is_float0(u) else u + w, a, b)
 
 
+def difference(a: PyTree, b: PyTree) -> PyTree:
+    """Return a - b; cotangents of integer and PRNG-key leaves (float0) stay as they are."""
+    return jax.tree.map(lambda u, w: u if is_float0(u) else u - w, a, b)
+
+
 def floating(tree: PyTree) -> list[jax.Array]:
     """Return the leaves of a cotangent but for those of integer and PRNG-key leaves (float0)."""
     return [leaf for leaf in jax.tree.leaves(tree) if not is_float0(leaf)]

@@ -53,10 +53,10 @@ def efficiency_constant(
         ||Omega(x, y) - dh/dy||  <=  C_y ||x - x*||  +  O(||x - x*||^2)
 
     Omega is the estimator of the rule, its correction of x and its linear solves included, and the
-    norms are Euclidean over all entries. The bound is sharp for the worst direction of x - x*; along
-    one `direction` d, the error is ||d Omega/dx d|| / ||d|| times ||x - x*||. Evaluated at x = x*
-    it is the constant of the theory, at a nearby x it differs from that by O(||x - x*||). It
-    vanishes, to the accuracy of the linear solves, for `Preconditioned(rule, NewtonStep())` at x*.
+    norms are Euclidean over all entries. The bound is sharp for the worst direction of x - x*;
+    along one `direction` d the factor is ||d Omega/dx d|| / ||d||. Evaluated at x = x* it is the
+    constant of the theory, at a nearby x it differs from that by O(||x - x*||). It vanishes, to the
+    accuracy of the linear solves, for `Preconditioned(rule, NewtonStep())` at x*.
 
     The largest singular value of J = d Omega/dx comes from power iterations on J^T J, by forward
     and reverse derivatives of the estimator: nothing is materialised. A value below sqrt(eps)

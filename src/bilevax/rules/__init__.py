@@ -9,6 +9,7 @@ from bilevax.rules._changes import ExpChange as ExpChange
 from bilevax.rules._diagonals import ExactDiagonal as ExactDiagonal
 from bilevax.rules._diagonals import HutchinsonDiagonal as HutchinsonDiagonal
 from bilevax.rules._implicit import Implicit as Implicit
+from bilevax.rules._implicit import resolve_linear_solver as resolve_linear_solver
 from bilevax.rules._preconditioned import Preconditioned as Preconditioned
 from bilevax.rules._reparameterized import Reparameterized as Reparameterized
 from bilevax.rules._steps import CustomStep as CustomStep

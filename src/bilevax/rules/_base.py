@@ -12,7 +12,7 @@ from bilevax import _trees as trees
 from bilevax._failure import OnFailure
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
-from bilevax.linear import default_rtol
+from bilevax.linear import LinearSolver, default_rtol
 
 PyTree = Any
 
@@ -52,6 +52,9 @@ class Rule(abc.ABC):
 
     mode: Any
     """"reverse" (a `custom_vjp`) or "forward" (a `custom_jvp`); a wrapper has that of its rule."""
+
+    order: int = 1
+    """The power of ||x - x*|| to which the error is proportional."""
 
     def refine(self, problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, LinearReport | None]:
         """Return the point at which this rule is evaluated, and the report of its correction.
@@ -124,6 +127,10 @@ class Rule(abc.ABC):
     ) -> tuple[PyTree, LinearReport | None]:
         """Return the point at which this rule is evaluated; see `refine`."""
         return x, None
+
+    @abc.abstractmethod
+    def with_linear_solver(self, linear_solver: LinearSolver | None) -> "Rule":
+        """Return this rule with another solver of the adjoint system; None for the default."""
 
     @abc.abstractmethod
     def pull(

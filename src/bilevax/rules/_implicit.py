@@ -59,6 +59,9 @@ class Implicit(Rule):
         if self.mode not in ("reverse", "forward"):
             raise ValueError(f'`mode` must be "reverse" or "forward", got {self.mode!r}.')
 
+    def with_linear_solver(self, linear_solver: LinearSolver | None) -> "Implicit":
+        return dataclasses.replace(self, linear_solver=linear_solver)
+
     def pull(
         self,
         problem: Problem,

@@ -10,7 +10,7 @@ from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
-from bilevax.linear import default_rtol
+from bilevax.linear import LinearSolver, default_rtol
 from bilevax.rules._base import Rule, Settings
 from bilevax.rules._steps import CustomStep, Step
 
@@ -66,11 +66,19 @@ class Preconditioned(Rule):
         """The mode of the rule inside."""
         return self.rule.mode
 
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        """The power of ||x - x*|| that the step and the rule inside leave together."""
+        return self.rule.order * self.step.order  # type: ignore[union-attr]
+
     def check(self, problem: Problem, x: PyTree, y: PyTree) -> None:
         self.rule.check(problem, x, y)
 
     def check_values(self, x: PyTree, y: PyTree) -> None:
         self.rule.check_values(x, y)
+
+    def with_linear_solver(self, linear_solver: LinearSolver | None) -> "Preconditioned":
+        return dataclasses.replace(self, rule=self.rule.with_linear_solver(linear_solver))
 
     def correct(
         self, problem: Problem, x: PyTree, y: PyTree, settings: Settings

@@ -12,6 +12,7 @@ from bilevax._failure import guard
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
 from bilevax._status import Status, code
+from bilevax.linear import LinearSolver
 from bilevax.rules._base import Rule, Settings
 from bilevax.rules._changes import Change, allowed_mismatch
 
@@ -66,6 +67,11 @@ class Reparameterized(Rule):
         """The mode of the rule inside."""
         return self.rule.mode
 
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        """The order of the rule inside."""
+        return self.rule.order
+
     def check(self, problem: Problem, x: PyTree, y: PyTree) -> None:
         self.change.check(problem, x, y)
 
@@ -77,6 +83,9 @@ class Reparameterized(Rule):
 
     def check_values(self, x: PyTree, y: PyTree) -> None:
         self.change.check_values(x, y)
+
+    def with_linear_solver(self, linear_solver: LinearSolver | None) -> "Reparameterized":
+        return dataclasses.replace(self, rule=self.rule.with_linear_solver(linear_solver))
 
     def correct(
         self, problem: Problem, x: PyTree, y: PyTree, settings: Settings

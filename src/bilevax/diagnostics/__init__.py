@@ -1,0 +1,5 @@
+"""Is a hypergradient right: what the library computes, held against what it does not use."""
+
+from bilevax.diagnostics._check import HypergradientCheck as HypergradientCheck
+from bilevax.diagnostics._check import assert_hypergradient as assert_hypergradient
+from bilevax.diagnostics._check import check_hypergradient as check_hypergradient
