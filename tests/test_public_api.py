@@ -26,6 +26,7 @@ FUNCTIONS = [name for name, value in PUBLIC.items() if inspect.isfunction(value)
 COMPONENTS = (bx.Solver, bx.LinearSolver, bx.Rule, bx.Step, bx.Change, bx.Problem)
 # What functions hand out, and what solvers hand to the loop: nobody makes these.
 HANDED_OUT = {
+    "Certificate",
     "EfficiencyConstant",
     "Engine",
     "Hypergradient",

@@ -137,17 +137,14 @@ def solve_accurately(
 
     first = solver.init(problem, x, y)
     initial_norm = first.residual
-    floor = loop.smallest_target(solver, problem, x, y, initial_norm)
     tightest = jnp.asarray(default_rtol(x), initial_norm.dtype)
 
-    def inspect(iterate: Iterate, rtol: jax.Array, adjoint: PyTree, near: PyTree) -> Any:
+    def inspect(iterate: Iterate, rtol: jax.Array, near: Reference) -> Any:
         settings = Settings(rtol ** (1 / rule.order), on_failure)
-        found = estimate(
-            outer, problem, rule, iterate.x, y, settings, guess=adjoint, has_aux=has_aux
-        )
-        # A reference is of use as long as it is better than the point it is compared with.
+        guess = near.adjoint
+        found = estimate(outer, problem, rule, iterate.x, y, settings, guess=guess, has_aux=has_aux)
         settings = Settings(rtol, OnFailure.RETURN)
-        certificate, reference = certify(scalar, problem, rule, found, y, None, settings, near)
+        certificate, reference = certify(scalar, problem, rule, found, y, None, settings, near.x)
         return found, certificate, reference
 
     def step(state: _Round) -> _Round:
@@ -160,14 +157,14 @@ def solve_accurately(
             initial_norm,
             code(Status.MAXITER),
         )
-        near = trees.where(state.count == 0, iterate.x, state.reference.x)
-        found, certificate, reference = inspect(iterate, state.rtol, state.reference.adjoint, near)
+        found, certificate, reference = inspect(iterate, state.rtol, state.reference)
         size = trees.norm(trees.floating(found.gradient))
         size = certificate.absolute / certificate.relative
         allowed = accuracy.allowed(size)
         error = certificate.absolute * (1 + certificate.contraction)
         accurate = (error <= allowed) & (certificate.status == Status.CONVERGED)
         # The solver may run on if it came to its target and could go further.
+        floor = loop.smallest_target(solver, problem, iterate.x, y, initial_norm)
         at_floor = iterate.residual <= floor
         can_run = (status == Status.CONVERGED) & ~at_floor
         ratio = allowed / error
@@ -199,9 +196,9 @@ def solve_accurately(
 
     share = getattr(accuracy, "value", 0.1)
     rtol = jnp.clip(jnp.asarray(_LINEAR_SHARE * share, initial_norm.dtype), tightest, 1e-2)
-    shapes = jax.eval_shape(inspect, first, rtol, adjoint, first.x)
+    shapes = jax.eval_shape(inspect, first, rtol, Reference(first.x, adjoint))
     found, certificate, reference = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    target = jnp.maximum(_FIRST_TARGET * jnp.maximum(initial_norm, scale), floor)
+    target = _FIRST_TARGET * jnp.maximum(initial_norm, scale)
     start = _Round(
         first,
         jnp.zeros((), jnp.int32),

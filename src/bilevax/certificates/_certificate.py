@@ -245,8 +245,14 @@ def _refine(
         )
 
     nothing = jnp.zeros((), jnp.int32)
+    near_norm = trees.norm(problem.optimality(near, y))
+    is_nearer = near_norm < norm
     start = _Newton(
-        near, trees.norm(problem.optimality(near, y)), nothing, nothing, code(Status.CONVERGED)
+        trees.where(is_nearer, near, x),
+        jnp.where(is_nearer, near_norm, norm),
+        nothing,
+        nothing,
+        code(Status.CONVERGED),
     )
     end = jax.lax.while_loop(
         lambda state: (state.norm > _CONTRACTION * norm) & (state.steps < _MAX_NEWTON_STEPS),

@@ -27,7 +27,7 @@ class EfficiencyConstant(NamedTuple):
       iterations: power iterations taken, int32; one product with d Omega/dx and one with its
         transpose each.
       residual: ||J^T J u - C_y^2 u|| / C_y^2 at the last unit vector u, J = d Omega/dx. Some
-        singular value of J is within half of it, relatively, of C_y.
+        singular value of J is within half of it, relatively, of C_y. Large where C_y is noise.
       status: CONVERGED; MAXITER; NONFINITE where a linear solve failed.
     """
 
@@ -74,8 +74,7 @@ def efficiency_constant(
       maxiter: power iterations at most.
 
     Returns:
-      An `EfficiencyConstant`. Its value is NaN if a linear solve on the way failed, or if x has no
-      entries.
+      An `EfficiencyConstant`. Its value is NaN if a linear solve on the way failed.
 
     Raises:
       TypeError: if `outer` does not return a scalar, the problem does not fit x, or `direction` is
@@ -140,6 +139,10 @@ def _efficiency_constant(
         status = jnp.where(jnp.isfinite(length), done, code(Status.NONFINITE))
         return EfficiencyConstant(length, nothing, jnp.zeros_like(length), status)
 
+    if flat.size == 0:
+        zero = jnp.zeros((), flat.dtype)
+        return EfficiencyConstant(zero, nothing, zero, done)
+
     size = trees.norm(flat)
     noise = trees.epsilon(x) ** 0.5 * trees.norm(value) / jnp.where(size > 0, size, 1)
 
@@ -159,6 +162,6 @@ def _efficiency_constant(
     # Any start serves that no symmetry of the problem makes orthogonal to what is looked for.
     start = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)
     nan = jnp.full_like(size, jnp.nan)
-    constant = EfficiencyConstant(nan, nothing, nan, jnp.where(flat.size > 0, -1, done))
+    constant = EfficiencyConstant(nan, nothing, nan, jnp.asarray(-1, jnp.int32))
     state = _State(start / trees.norm(start), constant)
     return jax.lax.while_loop(lambda state: state.constant.status < 0, step, state).constant
