@@ -14,6 +14,7 @@ transpose two.
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from dense_truth import Truth, solve_exactly
 from random_problems import Batch, batches, outer
 from tqdm import tqdm
 
@@ -32,102 +34,85 @@ ACCURACIES = np.logspace(-1, -6, 6)
 IMPLICIT = bx.Implicit()
 NEWTON = bx.Preconditioned(bx.Implicit(), step=bx.NewtonStep())
 RULES = {"implicit": IMPLICIT, "Newton step": NEWTON}
+SMALLEST, LARGEST = 1e-6, 0.3  # relative errors of hypergradients in the first part
 MAXITER = 200_000
-
-
-# The truth, by dense matrices.
-
-
-def dense_hypergradient(problem: bx.Problem, g: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    jacobian, mixed = jax.jacobian(problem.optimality, (0, 1))(x, y)
-    g_1, g_2 = jax.grad(g, (0, 1))(x, y)
-    return g_2 - mixed.T @ jnp.linalg.solve(jacobian.T, g_1)
-
-
-def newton_step(problem: bx.Problem, x: jax.Array, y: jax.Array) -> jax.Array:
-    jacobian = jax.jacobian(problem.optimality)(x, y)
-    return x - jnp.linalg.solve(jacobian, problem.optimality(x, y))
-
-
-class Truth(NamedTuple):
-    x: jax.Array
-    gradient: jax.Array
-    conditioning: jax.Array
-    largest: jax.Array  # singular value of F_1
-
-
-@jax.jit
-@jax.vmap
-def solve_exactly(problem: bx.Problem, validation: Any, y: jax.Array) -> Truth:
-    shrink = 0.5 ** jnp.arange(12)
-
-    def step(_: int, x: jax.Array) -> jax.Array:
-        move = newton_step(problem, x, y) - x
-        trials = x + shrink[:, None] * move
-        norms = jax.vmap(lambda x: jnp.linalg.norm(problem.optimality(x, y)))(trials)
-        return trials[jnp.nanargmin(norms)]
-
-    x = jax.lax.fori_loop(0, 40, step, jnp.zeros_like(y))
-    gradient = dense_hypergradient(problem, Partial(outer, validation), x, y)
-    values = jnp.linalg.svd(jax.jacobian(problem.optimality)(x, y), compute_uv=False)
-    return Truth(x, gradient, values[0] / values[-1], values[0])
-
-
-def relative(gradient: jax.Array, truth: Truth) -> jax.Array:
-    return jnp.linalg.norm(gradient - truth.gradient) / jnp.linalg.norm(truth.gradient)
 
 
 # First part: the ratio of estimated and true error.
 
 
 def point_of_error(
-    estimate: Any, truth: Truth, direction: jax.Array, target: jax.Array
-) -> jax.Array:
+    truth: Truth, estimate: Callable[[np.ndarray], np.ndarray], direction: np.ndarray, target: float
+) -> np.ndarray:
     """Return x on a ray from x* at which an estimator has about the error that is aimed at."""
-    unit = direction / jnp.linalg.norm(direction) * jnp.linalg.norm(truth.x)
-
-    def halve(_: int, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bracket
-        middle = jnp.sqrt(low * high)
-        below = relative(estimate(truth.x + middle * unit), truth) < target
-        return jnp.where(below, middle, low), jnp.where(below, high, middle)
-
-    bracket = (jnp.asarray(1e-10), jnp.asarray(1e3))
-    low, _ = jax.lax.fori_loop(0, 25, halve, bracket)
-    return truth.x + low * unit
+    unit = direction * np.linalg.norm(truth.x) / np.linalg.norm(direction)
+    low, high = -10.0, 3.0  # of the logarithm of the distance
+    for _ in range(25):
+        middle = (low + high) / 2
+        if truth.error(estimate(truth.x + 10**middle * unit)) < target:
+            low = middle
+        else:
+            high = middle
+    return truth.x + 10**low * unit
 
 
-def measure_ratios(batch: Batch, name: str) -> dict[str, np.ndarray]:
-    """Return true and estimated errors, one entry per problem."""
-    corrections = {"implicit": lambda problem, x, y: x, "Newton step": newton_step}
+def draw_points(truths: list[Truth], name: str, rng: np.random.Generator) -> np.ndarray:
+    """Return inexact solutions with errors of all kinds and sizes."""
+    points = []
+    for truth in truths:
+        rough = rng.normal(size=truth.x.shape)
+        smooth = np.linalg.solve(truth.derivatives(truth.x).jacobian, rough)  # as solvers leave it
+        direction = (rough, smooth, truth.x)[rng.integers(3)]
+        target = 10 ** rng.uniform(np.log10(SMALLEST), np.log10(LARGEST))
+        points.append(point_of_error(truth, dense_estimator(truth, name), direction, target))
+    return np.stack(points)
+
+
+def dense_estimator(truth: Truth, name: str) -> Callable[[np.ndarray], np.ndarray]:
+    if name == "implicit":
+        return truth.implicit
+    return lambda x: truth.implicit(truth.newton_step(x))
+
+
+def measure_ratios(batch: Batch, truths: list[Truth], name: str) -> dict[str, np.ndarray]:
+    """Return true errors, and estimated over true errors, one entry per problem."""
 
     @jax.jit
     @jax.vmap
-    def compare(data: Any, validation: Any, y: jax.Array, truth: Truth, key: jax.Array) -> Any:
+    def certify(data: Any, validation: Any, x: jax.Array, y: jax.Array) -> bx.Certificate:
         problem, g = batch.problem(data), Partial(outer, validation)
+        return bx.hypergradient_error(g, problem, RULES[name], x, y)
 
-        def estimate(x: jax.Array) -> jax.Array:
-            return dense_hypergradient(problem, g, corrections[name](problem, x, y), y)
+    points = draw_points(truths, name, np.random.default_rng(batch.size))
+    certificate = certify(batch.data, batch.validation, points, batch.y)
+    pairs = list(zip(truths, points, strict=True))
+    gradients = [dense_estimator(truth, name)(x) for truth, x in pairs]
+    errors = [np.linalg.norm(g - t.gradient) for g, t in zip(gradients, truths, strict=True)]
+    return {
+        "true": np.array([t.error(g) for t, g in zip(truths, gradients, strict=True)]),
+        "ratio": np.asarray(certificate.absolute) / np.array(errors),
+        "contraction": np.asarray(certificate.contraction),
+        "status": np.asarray(certificate.status),
+        "conditioning": np.array([truth.conditioning for truth in truths]),
+    }
 
-        # Errors of all kinds: rough ones; smooth ones, as solvers leave them; that of the start.
-        key_target, key_kind, key_rough = jax.random.split(key, 3)
-        target = 10 ** jax.random.uniform(key_target, minval=-6, maxval=jnp.log10(0.3))
-        rough = jax.random.normal(key_rough, y.shape)
-        smooth = jnp.linalg.solve(jax.jacobian(problem.optimality)(truth.x, y), rough)
-        directions = jnp.stack([rough, smooth, truth.x])
-        direction = directions[jax.random.randint(key_kind, (), 0, len(directions))]
-        x = point_of_error(estimate, truth, direction, target)
-        certificate = bx.hypergradient_error(g, problem, RULES[name], x, y)
-        gradient = estimate(x)
-        return {
-            "true": relative(gradient, truth),
-            "estimated": certificate.relative,
-            "ratio": certificate.absolute / jnp.linalg.norm(gradient - truth.gradient),
-            "contraction": certificate.contraction,
-            "status": certificate.status,
-        }
 
-    truth = solve_exactly(batch.problem(batch.data), batch.validation, batch.y)
-    keys = jax.random.split(jax.random.key(batch.size), len(batch.y))
-    found = compare(batch.data, batch.validation, batch.y, truth, keys)
-    return {**jax.tree.map(np.asarray, found), "conditioning": np.asarray(truth.conditioning)}
+# Second part: the cost of a requested accuracy.
+
+
+def inner_solver(batch: Batch, truths: list[Truth]) -> bx.Solver:
+    """Return a first-order solver for each problem: a batch of numbers in one solver."""
+    largest = [np.linalg.norm(t.derivatives(np.zeros(t.x.shape)).jacobian, 2) for t in truths]
+    steps = 1 / jnp.array(largest)
+    if batch.family == "contraction":
+        return bx.FixedPointIteration(jnp.ones_like(steps), maxiter=MAXITER, memory=5)
+    if batch.family == "root":
+        return bx.FixedPointIteration(steps, maxiter=MAXITER, memory=5)
+    # The curvature of the cross entropy of many classes can be larger elsewhere than at zero.
+    return bx.AcceleratedGradient(steps / (2.5 if batch.family == "multinomial" else 1))
+
+
+def linear_solver(batch: Batch) -> bx.LinearSolver:
+    if batch.family in ("root", "contraction"):
+        return bx.GMRES(restart=batch.size)
+    return bx.CG()

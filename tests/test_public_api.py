@@ -35,6 +35,7 @@ HANDED_OUT = {
     "LinearOperator",
     "LinearReport",
     "RuleReport",
+    "RuleTable",
     "SolutionMap",
     "SolveError",
     "SolveReport",

@@ -170,8 +170,8 @@ def value_and_hypergradient(
       problem: `minimum(f)`, `root(F)` or `fixed_point(T)`.
       solver: the inner `Solver`.
       rule: how the derivative is formed; None is `Implicit()`.
-      accuracy: `RelativeAccuracy(value)` or `AbsoluteAccuracy(value)`. The inner solver then runs on,
-        in place of its `rtol`, until a certificate says that the hypergradient is that accurate; its
+      accuracy: `RelativeAccuracy(value)` or `AbsoluteAccuracy(value)`. In place of its `rtol`, the
+        inner solver then runs on until a certificate says that the hypergradient is that accurate;
         `maxiter` and `atol` still bound it. Linear solves without a tolerance of their own follow
         the accuracy.
       has_aux: whether `outer` returns a pair.

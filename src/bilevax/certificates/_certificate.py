@@ -28,9 +28,9 @@ class Certificate(NamedTuple):
     Attributes:
       absolute: the estimate of ||Omega - dh/dy||, in the unit of the hypergradient.
       relative: `absolute` / ||dh/dy||.
-      error: the estimate of Omega - dh/dy itself, a pytree like y without its integer and key leaves
-        (float0 there): its leaves say which part of the gradient is wrong, and <error, d> how wrong
-        the derivative along d is.
+      error: the estimate of Omega - dh/dy itself, a pytree like y (float0 for integer and key
+        leaves): its leaves tell which part of the gradient is wrong, and <error, d> how wrong the
+        derivative along d is.
       inner: the norm of the part of `error` that the inexact x causes.
       adjoint: the norm of the part of `error` that the inexact adjoint v causes.
       contraction: ||F|| at the reference point over ||F|| at x. The estimate can be trusted where
@@ -73,18 +73,19 @@ def hypergradient_error(
         Omega(x, y) - dh/dy  ~  Omega(x, y) - Omega_I(x_N, y),   x_N = x - F_1(x, y)^{-1} F(x, y)
 
     Omega is the estimator of the rule with all its inaccuracies, Omega_I that of `Implicit()` with
-    an accurate adjoint, x_N a Newton step from the point where the rule is evaluated. The true error
-    differs from the estimate by the error at x_N, which is O(||x - x*||^2): the ratio of the two
-    tends to 1 for every rule (for a Newton-preconditioned one x_N is the second Newton step). The
-    linearisation, d Omega/dx (x - x_N), costs as many linear solves and is less accurate: it errs by
-    the curvature of Omega too, even where the inner problem is quadratic. Where one Newton step
+    an accurate adjoint, and x_N a Newton step from the point where the rule is evaluated. The true
+    error differs from the estimate by the error at x_N, which is O(||x - x*||^2): the ratio of the
+    two tends to 1 for every rule (for a Newton-preconditioned one x_N is the second Newton step).
+    The linearisation d Omega/dx (x - x_N) costs as many linear solves and is less accurate: it errs
+    by the curvature of Omega too, even where the inner problem is quadratic. Where one Newton step
     leaves more than a twentieth of ||F||, another is taken, three at most.
 
-    The part of the adjoint is Omega(x, y; v) - Omega(x, y; F_1^{-T} g_1), the rest is the part of x.
+    The part of the adjoint is what changes when v is replaced by the solution F_1^{-T} g_1 at the
+    same x; the rest is the part of x.
 
-    Cost, besides the rule itself: three linear solves, matrix-free. One Newton step, and two adjoint
-    solves, at x and at x_N, that start from the adjoint of the rule; the first of them costs one
-    product where the rule's own solve was accurate.
+    Cost, besides the rule itself: three linear solves, matrix-free. One is the Newton step. Two are
+    adjoint solves, at x and at x_N, that start from the adjoint of the rule; the first of them
+    costs one product where the rule's own solve was accurate.
 
     Args:
       outer: g, a function of (x, y) that returns a real scalar.
@@ -94,8 +95,9 @@ def hypergradient_error(
       y: the outer variable.
       adjoint: v as the rule computed it at x, of a `RuleReport` or a `WarmStart`: a first guess, so
         that a solve is not done twice.
-      linear_solver: for the three solves. None is `CG()` where F_1 is declared positive definite
-        and `GMRES()` elsewhere, at the default tolerance of the dtype.
+      linear_solver: for the three solves. None is that of the rule without its tolerances, limit of
+        steps and damping, at the default tolerance of the dtype; and where the rule has none, or a
+        `Neumann` series, `CG()` or `GMRES()` as declared of F_1.
 
     Returns:
       A `Certificate`.
@@ -164,6 +166,8 @@ def certify(
     Returns:
       The certificate, and the reference.
     """
+    if linear_solver is None and rule.linear_solver is not None:
+        linear_solver = rule.linear_solver.without_limits()
     x_ref, contraction, newton_products, newton_status = _refine(
         problem, found.x, near, y, linear_solver, settings
     )

@@ -57,6 +57,19 @@ class LinearSolver(abc.ABC):
             return dataclasses.replace(self, rtol=rtol)  # type: ignore[type-var]
         return self
 
+    def without_limits(self) -> "LinearSolver | None":
+        """Return this solver without what keeps it from the exact solution of A v = b.
+
+        That is tolerances of its own, a limit of steps and damping; what the caller suggests as a
+        tolerance holds then. None for a solver that is inexact by nature.
+        """
+        neutral = {"rtol": None, "atol": 0.0, "damping": None}
+        limits = {name: value for name, value in neutral.items() if hasattr(self, name)}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if field.name == "maxiter":
+                limits["maxiter"] = field.default
+        return dataclasses.replace(self, **limits)  # type: ignore[type-var]
+
 
 def measure(
     operator: LinearOperator, solution: PyTree, rhs: PyTree, rtol: Any, atol: Any

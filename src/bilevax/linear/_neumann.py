@@ -61,6 +61,9 @@ class Neumann(base.LinearSolver):
         if self.step_size is not None:
             checks.positive("step_size", self.step_size)
 
+    def without_limits(self) -> None:
+        return None
+
     def solve(
         self,
         operator: LinearOperator,

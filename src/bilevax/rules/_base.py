@@ -53,6 +53,9 @@ class Rule(abc.ABC):
     mode: Any
     """"reverse" (a `custom_vjp`) or "forward" (a `custom_jvp`); a wrapper has that of its rule."""
 
+    linear_solver: LinearSolver | None
+    """Solves the adjoint system; None for the default. A wrapper has that of its rule."""
+
     order: int = 1
     """The power of ||x - x*|| to which the error is proportional."""
 

@@ -67,6 +67,11 @@ class Preconditioned(Rule):
         return self.rule.mode
 
     @property
+    def linear_solver(self) -> LinearSolver | None:  # type: ignore[override]
+        """The solver of the adjoint system in the rule inside."""
+        return self.rule.linear_solver
+
+    @property
     def order(self) -> int:  # type: ignore[override]
         """The power of ||x - x*|| that the step and the rule inside leave together."""
         return self.rule.order * self.step.order  # type: ignore[union-attr]

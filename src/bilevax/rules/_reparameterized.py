@@ -68,6 +68,11 @@ class Reparameterized(Rule):
         return self.rule.mode
 
     @property
+    def linear_solver(self) -> LinearSolver | None:  # type: ignore[override]
+        """The solver of the adjoint system in the rule inside."""
+        return self.rule.linear_solver
+
+    @property
     def order(self) -> int:  # type: ignore[override]
         """The order of the rule inside."""
         return self.rule.order
