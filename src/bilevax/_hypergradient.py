@@ -18,7 +18,7 @@ from bilevax._failure import OnFailure, guard
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, SolveReport
 from bilevax._status import is_failure
-from bilevax.certificates import Accuracy, Certificate, solve_accurately
+from bilevax.certificates import Accuracy, Certificate, Reference, solve_accurately
 from bilevax.rules import Implicit, Rule, Settings
 from bilevax.solvers import Solver
 
@@ -233,8 +233,7 @@ def _evaluate(
             solver,
             rule,
             accuracy,
-            warm.x,
-            warm.adjoint,
+            Reference(warm.x, warm.adjoint),
             y,
             scale,
             on_failure,

@@ -1,5 +1,6 @@
 """The only loop over solver steps: when to stop, and why it stopped."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,9 +44,14 @@ def run(
     scale = jnp.where(jnp.isfinite(scale), scale, 0)
     target = jnp.maximum(rtol * jnp.maximum(initial_norm, scale), atol)
     exhausted = out_of_steps(solver.rtol, solver.atol)
-    start = (first, jnp.zeros((), jnp.int32))
     iterate, iterations, status = advance(
-        solver, problem, y, start, target, initial_norm, exhausted
+        solver,
+        problem,
+        y,
+        (first, jnp.zeros((), jnp.int32)),
+        lambda iterate, _: iterate.residual <= target,
+        initial_norm,
+        exhausted,
     )
     return iterate.x, SolveReport(status, iterations, iterate.residual, initial_norm)
 
@@ -66,15 +72,15 @@ def advance(
     problem: Problem,
     y: PyTree,
     start: tuple[Iterate, jax.Array],
-    target: jax.Array,
+    reached: Callable[[Iterate, jax.Array], jax.Array],
     initial_norm: jax.Array,
     exhausted: jax.Array,
 ) -> tuple[Iterate, jax.Array, jax.Array]:
-    """Run on from an iterate and a count of iterations until ||F|| <= target.
+    """Run on from an iterate and a count of iterations until `reached` holds of the two.
 
     Returns:
-      The iterate, the count, and a status: `exhausted` where the count has come to `maxiter`;
-      DIVERGED where ||F|| has grown from `initial_norm` by 1 / eps.
+      The iterate, the count, and a status: CONVERGED; `exhausted` where the count has come to
+      `maxiter`; STALLED; DIVERGED where ||F|| has grown from `initial_norm` by 1 / eps; NONFINITE.
     """
 
     def judge(iterate: Iterate, iterations: jax.Array) -> jax.Array:
@@ -83,7 +89,7 @@ def advance(
         status = trees.where(iterate.stalled, code(Status.STALLED), status)
         diverged = norm * epsilon - 1 > initial_norm
         status = trees.where(diverged, code(Status.DIVERGED), status)
-        status = trees.where(norm <= target, code(Status.CONVERGED), status)
+        status = trees.where(reached(iterate, iterations), code(Status.CONVERGED), status)
         return trees.where(jnp.isfinite(norm), status, code(Status.NONFINITE))
 
     def step(state: tuple[Iterate, jax.Array, jax.Array]) -> tuple[Iterate, jax.Array, jax.Array]:

@@ -5,6 +5,7 @@ from bilevax.certificates._accuracy import Accuracy as Accuracy
 from bilevax.certificates._accuracy import RelativeAccuracy as RelativeAccuracy
 from bilevax.certificates._accuracy import solve_accurately as solve_accurately
 from bilevax.certificates._certificate import Certificate as Certificate
+from bilevax.certificates._certificate import Reference as Reference
 from bilevax.certificates._certificate import hypergradient_error as hypergradient_error
 from bilevax.certificates._efficiency import EfficiencyConstant as EfficiencyConstant
 from bilevax.certificates._efficiency import efficiency_constant as efficiency_constant

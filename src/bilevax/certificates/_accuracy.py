@@ -24,18 +24,20 @@ from bilevax.solvers import Iterate, Solver
 
 PyTree = Any
 
-# Where the first certificate is made: ||F(x, y)|| over that at the cold start.
-_FIRST_TARGET = 0.1
-# The error that the next round aims at, over the one allowed.
+# The error that a round aims at, over the one allowed.
 _AIM = 0.6
-# Tolerance of linear solves, over the relative error allowed.
-_LINEAR_SHARE = 0.01
-_MAX_ROUNDS = 50
+# Tolerance of the linear solves in a round, over the relative error that is expected of it.
+_LINEAR_SHARE = 0.1
+# A round of inner steps costs at least this part of the certificate before it.
+_INNER_SHARE = 0.5
 _RUNNING = np.int32(-1)
 
 
 class Accuracy(abc.ABC):
     """How accurate a hypergradient is asked to be; see `RelativeAccuracy`."""
+
+    first_error: Any = 0.1
+    """The relative error at which the first certificate is made, as far as one can guess."""
 
     @abc.abstractmethod
     def allowed(self, size: jax.Array) -> jax.Array:
@@ -79,6 +81,11 @@ class RelativeAccuracy(Accuracy):
     def allowed(self, size: jax.Array) -> jax.Array:
         return self.value * size
 
+    @property
+    def first_error(self) -> Any:  # type: ignore[override]
+        """Half the digits that are asked for."""
+        return jnp.minimum(0.3 * jnp.sqrt(self.value), 0.1)
+
 
 @trees.register
 @dataclasses.dataclass(frozen=True)
@@ -106,16 +113,23 @@ class AbsoluteAccuracy(Accuracy):
         return jnp.asarray(self.value, size.dtype)
 
 
+class _Plan(NamedTuple):
+    """What the next round does."""
+
+    target: jax.Array  # of ||F(x, y)||
+    least: jax.Array  # iterations in all, before that
+    expected: jax.Array  # relative error of the hypergradient
+    share: jax.Array  # tolerance of linear solves, over that error
+
+
 class _Round(NamedTuple):
     iterate: Iterate
     iterations: jax.Array
     status: jax.Array
-    target: jax.Array  # of ||F||, where the next certificate is made
-    rtol: jax.Array  # of linear solves
-    found: Estimate
-    certificate: Certificate
+    found: Estimate  # with the cost of all rounds
+    certificate: Certificate  # with the cost of all rounds
     reference: Reference
-    count: jax.Array
+    plan: _Plan
 
 
 def solve_accurately(
@@ -124,96 +138,113 @@ def solve_accurately(
     solver: Solver,
     rule: Rule,
     accuracy: Accuracy,
-    x: PyTree,
-    adjoint: PyTree,
+    start: Reference,
     y: PyTree,
     scale: jax.Array,
     on_failure: OnFailure,
     *,
     has_aux: bool,
 ) -> tuple[Estimate, SolveReport, Certificate]:
-    def scalar(x: PyTree, y: PyTree) -> jax.Array:
+    """Solve in rounds: inner steps, the hypergradient, its certificate, and a plan of what next.
+
+    The error is proportional to ||F(x, y)||^order, roughly, so a certificate tells where the next
+    one is worth its price. Linear solves of a round are as accurate as its error is expected to be:
+    the adjoint and the reference are carried on, and get better from round to round.
+
+    Args:
+      outer: g.
+      problem: the inner problem.
+      solver: the inner solver.
+      rule: how the derivative is formed.
+      accuracy: what is asked for.
+      start: x and the adjoint to start from.
+      y: the outer variable.
+      scale: ||F|| at the cold start; see `_loop.run`.
+      on_failure: of the rule's adjoint solve.
+      has_aux: whether `outer` returns a pair.
+
+    Returns:
+      The last estimate, a report on the inner solve, and the certificate. The status of the report
+      is CONVERGED if the accuracy was reached.
+    """
+
+    def value(x: PyTree, y: PyTree) -> jax.Array:
         return outer(x, y)[0] if has_aux else outer(x, y)
 
-    first = solver.init(problem, x, y)
+    first = solver.init(problem, start.x, y)
     initial_norm = first.residual
-    tightest = jnp.asarray(default_rtol(x), initial_norm.dtype)
+    tightest = default_rtol(start.x)
 
-    def inspect(iterate: Iterate, rtol: jax.Array, near: Reference) -> Any:
+    def inspect(x: PyTree, plan: _Plan, near: Reference) -> Any:
+        rtol = jnp.clip(plan.share * plan.expected, tightest, 0.1)
         settings = Settings(rtol ** (1 / rule.order), on_failure)
         guess = near.adjoint
-        found = estimate(outer, problem, rule, iterate.x, y, settings, guess=guess, has_aux=has_aux)
+        found = estimate(outer, problem, rule, x, y, settings, guess=guess, has_aux=has_aux)
         settings = Settings(rtol, OnFailure.RETURN)
-        certificate, reference = certify(scalar, problem, rule, found, y, None, settings, near.x)
+        certificate, reference = certify(value, problem, rule, found, y, None, settings, near.x)
         return found, certificate, reference
 
     def step(state: _Round) -> _Round:
+        plan = state.plan
+
+        def reached(iterate: Iterate, iterations: jax.Array) -> jax.Array:
+            done = (iterate.residual <= plan.target) & (iterations >= plan.least)
+            return done | (iterate.residual <= smallest)
+
+        smallest = loop.smallest_target(solver, problem, state.iterate.x, y, initial_norm)
         iterate, iterations, status = loop.advance(
             solver,
             problem,
             y,
             (state.iterate, state.iterations),
-            state.target,
+            reached,
             initial_norm,
             code(Status.MAXITER),
         )
-        found, certificate, reference = inspect(iterate, state.rtol, state.reference)
-        size = trees.norm(trees.floating(found.gradient))
-        size = certificate.absolute / certificate.relative
-        allowed = accuracy.allowed(size)
+        found, certificate, reference = inspect(iterate.x, plan, state.reference)
+
+        allowed = accuracy.allowed(certificate.absolute / certificate.relative)
         error = certificate.absolute * (1 + certificate.contraction)
         accurate = (error <= allowed) & (certificate.status == Status.CONVERGED)
-        # The solver may run on if it came to its target and could go further.
-        floor = loop.smallest_target(solver, problem, iterate.x, y, initial_norm)
-        at_floor = iterate.residual <= floor
-        can_run = (status == Status.CONVERGED) & ~at_floor
-        ratio = allowed / error
-        shrink = jnp.clip((_AIM * ratio) ** (1 / rule.order), 1e-3, 0.5)
-        share = allowed / certificate.adjoint
-        tighten = jnp.clip(0.3 * share, 1e-3, 1.0)
-        rtol = jnp.maximum(tighten * state.rtol, tightest)
-        can_tighten = rtol < 0.5 * state.rtol
-        finite = jnp.isfinite(error)
-        going = ~accurate & (can_run | can_tighten) & finite & (state.count < _MAX_ROUNDS)
-        ended = jnp.where(status == Status.CONVERGED, code(Status.STALLED), status)
-        ended = jnp.where(finite | is_failure(status), ended, code(Status.NONFINITE))
-        ended = jnp.where(accurate, code(Status.CONVERGED), ended)
-        counted = certificate._replace(
-            products=_total(state.certificate.products, certificate.products)
+        can_run = (status == Status.CONVERGED) & (iterate.residual > smallest)
+        # Where the adjoint is to blame, its solves must get tighter.
+        blame = certificate.adjoint / (0.3 * allowed)
+        share = jnp.where(blame > 1, plan.share / jnp.minimum(2 * blame, 1e3), plan.share)
+        can_tighten = (blame > 1) & (plan.share * plan.expected > tightest)
+        going = ~accurate & (can_run | can_tighten) & jnp.isfinite(error)
+        factor = jnp.clip(_AIM * allowed / error, 1e-3**rule.order, 0.5)
+        products = found.rule.solve.products + certificate.products
+        following = _Plan(
+            target=jnp.where(can_run, factor ** (1 / rule.order), 1) * iterate.residual,
+            least=iterations + (_INNER_SHARE * 2 * jnp.maximum(products, 0)).astype(jnp.int32),
+            expected=jnp.where(can_run, factor, 1) * jnp.minimum(certificate.relative, 1),
+            share=share,
         )
-        found = _accumulate(state.found, found)
+        ended = jnp.where(status == Status.CONVERGED, code(Status.STALLED), status)
+        ended = jnp.where(jnp.isfinite(error) | is_failure(status), ended, code(Status.NONFINITE))
+        ended = jnp.where(accurate, code(Status.CONVERGED), ended)
+        total = _total(state.certificate.products, certificate.products)
         return _Round(
             iterate,
             iterations,
             jnp.where(going, _RUNNING, ended),
-            jnp.maximum(jnp.where(can_run, shrink * iterate.residual, iterate.residual), floor),
-            rtol,
-            found,
-            counted,
+            _accumulate(state.found, found),
+            certificate._replace(products=total),
             reference,
-            state.count + 1,
+            following,
         )
 
-    share = getattr(accuracy, "value", 0.1)
-    rtol = jnp.clip(jnp.asarray(_LINEAR_SHARE * share, initial_norm.dtype), tightest, 1e-2)
-    shapes = jax.eval_shape(inspect, first, rtol, Reference(first.x, adjoint))
-    found, certificate, reference = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    target = _FIRST_TARGET * jnp.maximum(initial_norm, scale)
-    start = _Round(
-        first,
-        jnp.zeros((), jnp.int32),
-        _RUNNING,
-        target,
-        rtol,
-        found,
-        certificate,
-        Reference(first.x, adjoint),
-        jnp.zeros((), jnp.int32),
-    )
-    end = jax.lax.while_loop(lambda state: state.status == -1, step, start)
-    inner = SolveReport(
-        end.status, end.iterations, end.iterate.residual, initial_norm, end.found.correction
-    )
+    # Half the digits at first: what is learnt there about the error saves steps later.
+    none = jnp.zeros((), jnp.int32)
+    aim = jnp.asarray(accuracy.first_error, initial_norm.dtype)
+    scale = jnp.maximum(initial_norm, jnp.where(jnp.isfinite(scale), scale, 0))
+    plan = _Plan(aim ** (1 / rule.order) * scale, none, aim, jnp.full_like(aim, _LINEAR_SHARE))
+    shapes = jax.eval_shape(inspect, first.x, plan, start)
+    found, certificate, _ = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    begin = _Round(first, none, jnp.asarray(_RUNNING), found, certificate, start, plan)
+    end = jax.lax.while_loop(lambda state: state.status == _RUNNING, step, begin)
+    norm, correction = end.iterate.residual, end.found.correction
+    inner = SolveReport(end.status, end.iterations, norm, initial_norm, correction)
     return end.found, inner, end.certificate
 
 

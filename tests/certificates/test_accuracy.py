@@ -1,0 +1,555 @@
+"""Engines with `accuracy=` against the true error, by a dense gradient of h."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevax as bx
+from tests.bad_input.example import assert_fails
+from tests.certificates.test_efficiency import LOGISTIC, PENALTY, RIDGE, validation
+from tests.rules.estimators import W, image, outer
+from tests.test_compilation import recorded_compilations
+from tests.test_failure import assert_raises
+
+Status = bx.Status
+SOLVER = bx.GradientDescent(0.2)
+RULES = {
+    "implicit": bx.Implicit(),
+    "newton": bx.Preconditioned(bx.Implicit(), bx.NewtonStep()),
+    "diagonal_change": bx.Reparameterized(bx.Implicit(bx.Dense()), bx.DiagonalChange()),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _derivatives(function, u, w):
+    return function(u, w), *jax.jacobian(function, (0, 1))(u, w)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A problem on flat vectors of four entries, its dense truth and a solver that converges."""
+
+    name: str
+    problem: bx.Problem
+    optimality: Callable
+    g: Callable
+    y: np.ndarray
+    solver: bx.Solver = SOLVER
+
+    def truth(self, y):
+        """Return x* and the gradient of h."""
+        u = np.zeros(4)
+        for _ in range(40):
+            value, first, second = (np.asarray(a) for a in _derivatives(self.optimality, u, y))
+            u = u - np.linalg.solve(first, value)
+        assert np.linalg.norm(value) < 1e-12
+        _, outer_1, outer_2 = (np.asarray(a) for a in _derivatives(self.g, u, y))
+        return u, outer_2 - second.T @ np.linalg.solve(first.T, outer_1)
+
+    def run(self, accuracy, rule=None, y=None, warm=None, solver=None, **options):
+        engine = bx.value_and_hypergradient(
+            self.g,
+            self.problem,
+            self.solver if solver is None else solver,
+            rule,
+            accuracy=accuracy,
+            **options,
+        )
+        warm = bx.cold_start(np.zeros(4)) if warm is None else warm
+        return engine(self.y if y is None else y, warm)
+
+    def relative_error(self, result, y=None):
+        truth = self.truth(self.y if y is None else y)[1]
+        return np.linalg.norm(np.asarray(result.gradient) - truth) / np.linalg.norm(truth)
+
+
+RIDGE = Case("ridge", RIDGE.problem, RIDGE.optimality, validation, PENALTY)
+LOGISTIC = Case("logistic", LOGISTIC.problem, LOGISTIC.optimality, validation, PENALTY)
+CONTRACTION = Case(
+    "contraction",
+    bx.fixed_point(image),
+    lambda u, w: u - image(u, w),
+    outer,
+    np.asarray(W, np.float64),
+    bx.FixedPointIteration(),
+)
+CASES = [RIDGE, LOGISTIC, CONTRACTION]
+EPSILONS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def assert_sound(result, allowed):
+    """Check what holds of every result: CONVERGED has a certificate, and costs were counted."""
+    certificate, inner = result.report.certificate, result.report.inner
+    if inner.status == Status.CONVERGED:
+        assert certificate.absolute <= allowed and certificate.status == Status.CONVERGED
+    for count in (certificate.products, result.report.adjoint.products, inner.iterations):
+        assert count.dtype == np.int32 and count.shape == () and count >= 0
+    assert certificate.products > 0 and result.report.adjoint.products > 0
+
+
+# What is asked for is what is got.
+
+
+@pytest.mark.parametrize("name", RULES)
+@cases
+def test_relative_accuracy(case, name):
+    size = np.linalg.norm(case.truth(case.y)[1])
+    default, iterations = case.run(None, RULES[name]), []
+    assert default.report.inner.status == Status.CONVERGED and default.report.certificate is None
+    for epsilon in EPSILONS:
+        result = case.run(bx.RelativeAccuracy(epsilon), RULES[name])
+        assert case.relative_error(result) <= epsilon
+        assert result.report.inner.status == result.report.adjoint.status == Status.CONVERGED
+        assert result.report.certificate.relative <= epsilon
+        assert_sound(result, epsilon * size * (1 + epsilon))
+        iterations.append(int(result.report.inner.iterations))
+    assert iterations == sorted(iterations)
+    assert iterations[-1] < default.report.inner.iterations
+    if (case, name) == (RIDGE, "newton"):  # a Newton step is exact for a quadratic
+        assert iterations[0] == iterations[-1]
+    else:
+        assert iterations[0] < 0.5 * iterations[-1]
+    np.testing.assert_array_equal(result.warm.x, result.x)
+    np.testing.assert_allclose(result.value, case.g(result.x, case.y), rtol=1e-12)
+
+
+def test_absolute_accuracy():
+    for case in (RIDGE, LOGISTIC):
+        truth, iterations = case.truth(case.y)[1], []
+        for value in (1e1, 1e-2, 1e-4, 1e-6, 1e-8):
+            result = case.run(bx.AbsoluteAccuracy(value))
+            assert np.linalg.norm(np.asarray(result.gradient) - truth) <= value
+            assert result.report.inner.status == Status.CONVERGED
+            assert_sound(result, value)
+            iterations.append(int(result.report.inner.iterations))
+        assert iterations == sorted(iterations) and 2 * iterations[1] < iterations[-1]
+
+
+def test_the_point_of_a_correction_and_its_costs():
+    rule, y = RULES["newton"], LOGISTIC.y
+    result = LOGISTIC.run(bx.RelativeAccuracy(1e-6), rule)
+    correction = result.report.inner.correction
+    assert correction.products > 0 and correction.status == Status.CONVERGED
+    # The error is of second order, so ||x - x*|| is larger than what is asked of the gradient.
+    before = LOGISTIC.run(bx.RelativeAccuracy(1e-6)).report.inner
+    assert result.report.inner.iterations < 0.7 * before.iterations
+    assert np.linalg.norm(result.x - LOGISTIC.truth(y)[0]) < result.report.inner.residual
+
+
+# An accuracy is a number like others.
+
+
+def test_a_batch_of_accuracies_equals_a_loop():
+    def run(epsilon):
+        return LOGISTIC.run(bx.RelativeAccuracy(epsilon))
+
+    epsilons = np.array([1e-2, 1e-6, 1e-1, 1e-4])
+    together = jax.jit(jax.vmap(run))(epsilons)
+    with recorded_compilations() as events:
+        loop = [run(float(epsilon)) for epsilon in (1e-3, *epsilons)][1:]
+    assert events == [] or len(events) > 0  # the first of them may compile; the next test counts
+    for lane, alone in enumerate(loop):
+        got = jax.tree.map(lambda leaf, lane=lane: leaf[lane], together)
+        assert_equal_results(got, alone)
+
+
+def assert_equal_results(got, wanted):
+    np.testing.assert_allclose(got.gradient, wanted.gradient, rtol=1e-9)
+    np.testing.assert_allclose(got.x, wanted.x, rtol=1e-10)
+    np.testing.assert_allclose(got.value, wanted.value, rtol=1e-10)
+    a, b = got.report, wanted.report
+    assert a.inner.status == b.inner.status and a.inner.iterations == b.inner.iterations
+    assert a.adjoint.status == b.adjoint.status and a.adjoint.products == b.adjoint.products
+    assert a.certificate.status == b.certificate.status
+    assert a.certificate.products == b.certificate.products
+    np.testing.assert_allclose(
+        a.certificate.relative, b.certificate.relative, rtol=1e-5, atol=1e-12
+    )
+
+
+def test_another_accuracy_compiles_nothing():
+    LOGISTIC.run(bx.RelativeAccuracy(1e-3))
+    with recorded_compilations() as events:
+        LOGISTIC.run(bx.RelativeAccuracy(1e-5))
+        RIDGE.run(bx.RelativeAccuracy(1e-1), y=PENALTY + 0.1)
+    assert events == []
+
+
+# Transformations.
+
+
+def test_jit_and_vmap_equal_a_loop():
+    y = PENALTY + np.array([0.0, -1.0, 1.0, np.nan, 4.0])[:, None]
+
+    def run(y):
+        return LOGISTIC.run(bx.RelativeAccuracy(1e-3), y=y)
+
+    together = jax.jit(jax.vmap(run))(y)
+    for lane in range(5):
+        alone = run(y[lane])
+        got = jax.tree.map(lambda leaf, lane=lane: leaf[lane], together)
+        assert got.report.inner.status == alone.report.inner.status
+        if lane < 3:
+            assert_equal_results(got, alone)
+            assert alone.report.inner.status == Status.CONVERGED
+            assert LOGISTIC.relative_error(alone, y[lane]) <= 1e-3
+    # At the last y the rate is far above 2 / L.
+    assert together.report.inner.status[3] == Status.NONFINITE
+    assert together.report.inner.status[4] in (Status.DIVERGED, Status.NONFINITE)
+
+
+def test_jit_equals_eager():
+    def run(y):
+        return LOGISTIC.run(bx.RelativeAccuracy(1e-4), y=y)
+
+    assert_equal_results(jax.jit(run)(PENALTY), run(PENALTY))
+
+
+def test_warm_starts_in_scan():
+    accuracy = bx.RelativeAccuracy(1e-3)
+
+    def step(carry, _):
+        y, warm = carry
+        result = LOGISTIC.run(accuracy, y=y, warm=warm)
+        return (y - 0.3 * result.gradient, result.warm), (y, result.gradient, result.report)
+
+    start = jnp.asarray(PENALTY), bx.cold_start(np.zeros(4))
+    _, (ys, gradients, reports) = jax.jit(lambda s: jax.lax.scan(step, s, length=8))(start)
+    assert np.all(reports.inner.status == Status.CONVERGED)
+    cold = 0
+    for y, gradient in zip(ys, gradients, strict=True):
+        truth = LOGISTIC.truth(np.asarray(y))[1]
+        assert np.linalg.norm(gradient - truth) <= 1e-3 * np.linalg.norm(truth)
+        cold += int(LOGISTIC.run(accuracy, y=y).report.inner.iterations)
+    assert np.sum(reports.inner.iterations) < 0.7 * cold
+    assert np.all(reports.inner.iterations[1:] < reports.inner.iterations[0])
+
+
+def test_a_second_call_at_the_same_y_costs_next_to_nothing():
+    first = LOGISTIC.run(bx.RelativeAccuracy(1e-4))
+    again = LOGISTIC.run(bx.RelativeAccuracy(1e-4), warm=first.warm)
+    assert again.report.inner.iterations == 0
+    assert again.report.inner.status == Status.CONVERGED
+    assert LOGISTIC.relative_error(again) <= 1e-4
+
+
+# What cannot be met.
+
+
+def test_too_few_iterations():
+    for maxiter in (0, 1, 5, 20):
+        solver = bx.GradientDescent(0.2, maxiter=maxiter)
+        result = LOGISTIC.run(bx.RelativeAccuracy(1e-5), solver=solver)
+        assert result.report.inner.status == Status.MAXITER
+        assert result.report.inner.iterations == maxiter
+        # The certificate tells the true error, as far as its Newton step leads.
+        true = LOGISTIC.relative_error(result)
+        assert 1e-5 < true
+        np.testing.assert_allclose(result.report.certificate.relative, true, rtol=0.1)
+        assert_sound(result, 0.0)
+
+
+@pytest.mark.parametrize("epsilon", [1e-11, 1e-12, 1e-13, 1e-14, 1e-15, 1e-18])
+@pytest.mark.parametrize("case", [RIDGE, LOGISTIC], ids=lambda case: case.name)
+def test_what_this_precision_does_not_allow(case, epsilon):
+    size = np.linalg.norm(case.truth(case.y)[1])
+    result = case.run(bx.RelativeAccuracy(epsilon))
+    assert result.report.inner.status in (Status.CONVERGED, Status.STALLED, Status.MAXITER)
+    if result.report.inner.status == Status.CONVERGED:
+        # The dense truth itself is accurate to some 1e-15.
+        assert case.relative_error(result) <= epsilon + 2e-15
+    else:
+        assert result.report.certificate.absolute > 0.3 * epsilon * size
+    if epsilon == 1e-18:
+        assert result.report.inner.status != Status.CONVERGED
+    assert case.relative_error(result) <= 1e-11
+
+
+def test_an_atol_that_is_too_large():
+    result = LOGISTIC.run(bx.RelativeAccuracy(1e-4), solver=bx.GradientDescent(0.2, atol=1e-1))
+    assert result.report.inner.status == Status.STALLED
+    true = LOGISTIC.relative_error(result)
+    assert true > 1e-4
+    np.testing.assert_allclose(result.report.certificate.relative, true, rtol=0.1)
+    result = LOGISTIC.run(bx.RelativeAccuracy(1e-4), solver=bx.GradientDescent(0.2, atol=1e-9))
+    assert result.report.inner.status == Status.CONVERGED
+
+
+def test_a_rate_that_is_too_large():
+    for rate in (3.0, 1e10):
+        for case in (RIDGE, LOGISTIC):
+            result = case.run(bx.RelativeAccuracy(1e-3), solver=bx.GradientDescent(rate))
+            assert result.report.inner.status in (Status.DIVERGED, Status.NONFINITE)
+            np.testing.assert_array_equal(result.warm.x, np.zeros(4))
+
+
+def test_what_is_not_finite():
+    result = LOGISTIC.run(bx.RelativeAccuracy(1e-3), y=PENALTY * np.nan)
+    assert result.report.inner.status == Status.NONFINITE
+    result = LOGISTIC.run(bx.RelativeAccuracy(1e-3), warm=bx.cold_start(np.full(4, np.nan)))
+    assert result.report.inner.status == Status.NONFINITE
+
+
+def test_an_accuracy_that_is_no_number_is_never_reached():
+    for value in (jnp.asarray(jnp.nan), jnp.asarray(-1.0), jnp.asarray(0.0)):
+        result = RIDGE.run(bx.RelativeAccuracy(value))
+        assert result.report.inner.status != Status.CONVERGED
+
+
+def test_policies():
+    few = bx.GradientDescent(0.2, maxiter=5)  # no failure: what there is, is returned
+    result = RIDGE.run(bx.RelativeAccuracy(1e-5), solver=few, on_failure=bx.OnFailure.NAN)
+    assert result.report.inner.status == Status.MAXITER
+    assert np.all(np.isfinite(result.gradient))
+    fast = bx.GradientDescent(3.0)
+    result = RIDGE.run(bx.RelativeAccuracy(1e-3), solver=fast, on_failure=bx.OnFailure.NAN)
+    assert result.report.inner.status in (Status.DIVERGED, Status.NONFINITE)
+    assert np.isnan(result.value) and np.all(np.isnan(result.gradient))
+    assert np.all(np.isnan(result.x))
+    good = RIDGE.run(bx.RelativeAccuracy(1e-3), on_failure=bx.OnFailure.NAN)
+    assert RIDGE.relative_error(good) <= 1e-3
+
+
+def test_raising():
+    def run(rate):
+        return RIDGE.run(
+            bx.RelativeAccuracy(1e-3),
+            solver=bx.GradientDescent(rate),
+            on_failure=bx.OnFailure.RAISE,
+        ).gradient
+
+    assert np.all(np.isfinite(run(0.2)))
+    with pytest.raises(Exception, match=r"DIVERGED|NONFINITE"):
+        jax.block_until_ready(run(3.0))
+
+
+# Rules with solvers of their own, and wrong ones.
+
+
+def test_a_rule_whose_own_tolerance_is_loose():
+    for case in (RIDGE, LOGISTIC):
+        for epsilon in (1e-1, 1e-3, 1e-6):
+            result = case.run(bx.RelativeAccuracy(epsilon), bx.Implicit(bx.CG(rtol=0.3)))
+            if result.report.inner.status == Status.CONVERGED:
+                assert case.relative_error(result) <= epsilon
+            assert_sound(result, epsilon * np.linalg.norm(case.truth(case.y)[1]) * (1 + epsilon))
+
+
+def test_a_rule_that_cannot_be_accurate():
+    """Damping is an error that no inner iteration and no tolerance reduces."""
+    rule = bx.Implicit(bx.CG(damping=0.1))
+    result = RIDGE.run(bx.RelativeAccuracy(1e-3), rule)
+    assert result.report.inner.status == Status.STALLED
+    certificate, true = result.report.certificate, RIDGE.relative_error(result)
+    assert true > 1e-2
+    np.testing.assert_allclose(certificate.relative, true, rtol=1e-3)
+    np.testing.assert_allclose(certificate.adjoint, certificate.absolute, rtol=1e-3)
+
+
+def test_forward_mode():
+    result = LOGISTIC.run(bx.RelativeAccuracy(1e-4), bx.Implicit(mode="forward"))
+    reverse = LOGISTIC.run(bx.RelativeAccuracy(1e-4))
+    np.testing.assert_allclose(result.gradient, reverse.gradient, rtol=1e-12)
+    assert LOGISTIC.relative_error(result) <= 1e-4
+    assert result.report.inner.status == Status.CONVERGED
+
+
+# An adjoint whose residual is small and whose error is not.
+
+CURVATURE = 1e-6
+
+
+def ill_conditioned(x, y):
+    first = (x[0] - 1 - 1e-6 * y[0]) ** 2 / 2
+    return first + CURVATURE * (x[1] - jnp.exp(y[1])) ** 2 / 2
+
+
+def test_an_ill_conditioned_adjoint_system():
+    """The gradient of h is (1e-6, 1e-5); v = (1, 10) of g_1 = (1, 1e-5) makes the larger entry."""
+    for x in (np.array([1.0, 1.0]), np.array([1.0, 1.0 + 1e-6])):
+        engine = bx.value_and_hypergradient(
+            lambda x, y: x[0] + 1e-5 * x[1],
+            bx.minimum(ill_conditioned),
+            bx.Newton(bx.Dense()),
+            accuracy=bx.RelativeAccuracy(1e-2),
+        )
+        result = engine(np.zeros(2), bx.cold_start(x))
+        wanted = np.array([1e-6, 1e-5])
+        true = np.linalg.norm(result.gradient - wanted) / np.linalg.norm(wanted)
+        if true > 1e-2:
+            assert result.report.inner.status != Status.CONVERGED
+            assert not result.report.certificate.relative <= 1e-2
+        assert true <= 1e-2 and result.report.inner.status == Status.CONVERGED
+
+
+# Scalar problems by hand.
+
+
+def quadratic(x, y):  # x* = 1 / y
+    return y * x**2 / 2 - x
+
+
+def bowl(x, y):  # x* = y, and x F_1 = 0 at x = 0
+    return jnp.cosh(x - y)
+
+
+def scalar(g, accuracy, x0, y, objective=quadratic, solver=bx.GradientDescent(0.1), **options):
+    engine = bx.value_and_hypergradient(
+        g, bx.minimum(objective), solver, accuracy=accuracy, **options
+    )
+    return engine(y, bx.cold_start(x0))
+
+
+def square(x, y):
+    return x**2
+
+
+ACCURACIES = pytest.mark.parametrize(
+    "accuracy", [bx.RelativeAccuracy(1e-2), bx.AbsoluteAccuracy(1e-3)], ids=["relative", "absolute"]
+)
+
+
+@ACCURACIES
+def test_starts_at_zero_and_at_the_solution(accuracy):
+    for x0, few in ((0.0, 200), (0.5, 0), (0.5 * (1 + 1e-15), 0)):  # dh/dy = -2 / y^3
+        result = scalar(square, accuracy, x0, 2.0)
+        assert abs(result.gradient + 0.25) <= 1e-2 * 0.25
+        assert result.report.inner.status == Status.CONVERGED
+        assert result.report.inner.iterations <= few
+    result = scalar(square, accuracy, 0.0, 0.5, bowl)  # x0 is where even F_1 x0 is zero
+    assert abs(result.gradient - 1.0) <= 1e-2
+    assert result.report.inner.status == Status.CONVERGED
+
+
+@ACCURACIES
+@pytest.mark.parametrize("x0", [0.0, 0.2, 0.5])
+def test_an_outer_objective_that_ignores_x(accuracy, x0):
+    """Then Omega is g_2, which is exact at any x."""
+    result = scalar(lambda x, y: y**2, accuracy, x0, 2.0)
+    assert result.gradient == 4.0
+    assert result.report.inner.status == Status.CONVERGED
+    assert result.report.certificate.absolute == 0
+
+
+@ACCURACIES
+def test_a_stationary_point_of_h(accuracy):
+    # x* = y, g = x^2, dh/dy = 2 y = 0, and Omega = 2 x: never relatively accurate but at x = 0.
+    for x0 in (1.0, 1e-8):
+        result = scalar(square, accuracy, x0, 0.0, bowl)
+        error = abs(float(result.gradient))
+        status = result.report.inner.status
+        if isinstance(accuracy, bx.AbsoluteAccuracy):
+            assert status == Status.CONVERGED and error <= 1e-3
+        elif status == Status.CONVERGED:
+            assert error == 0
+        else:
+            assert status in (Status.STALLED, Status.MAXITER)
+            assert not result.report.certificate.relative <= 1e-2
+    # Nothing depends on y: zero is the gradient, and is as accurate as can be.
+    result = scalar(lambda x, y: 1.0 + 0 * x, accuracy, 0.2, 2.0)
+    assert result.gradient == 0
+    assert result.report.inner.status in (Status.CONVERGED, Status.STALLED)
+
+
+def exponential(x, y):  # x* = log y
+    return jnp.exp(x) - y * x
+
+
+@ACCURACIES
+def test_a_start_where_newton_steps_are_misleading(accuracy):
+    """Far to the right Omega = 1 + exp(-x) hardly changes from step to step; at x* it is 2."""
+    solver = bx.GradientDescent(1e-7, maxiter=3000)
+    result = scalar(lambda x, y: jnp.exp(x) + x, accuracy, 20.0, 1.0, exponential, solver)
+    if result.report.inner.status == Status.CONVERGED:
+        assert abs(result.gradient - 2) <= 2e-2
+
+
+def test_a_cold_start_that_is_not_finite_is_no_scale():
+    problem = bx.root(lambda x, y: jnp.log(x) - y)  # x* = e^y
+    engine = bx.value_and_hypergradient(
+        square, problem, bx.GradientDescent(0.5), accuracy=bx.RelativeAccuracy(1e-3)
+    )
+    for start in (-1.0, 0.0):
+        warm = bx.WarmStart(jnp.asarray(0.8), jnp.asarray(0.0), jnp.asarray(start))
+        result = engine(0.0, warm)
+        assert result.report.inner.status == Status.CONVERGED
+        assert result.report.inner.iterations < 100
+        assert abs(result.gradient - 2.0) <= 2e-3
+
+
+def test_other_solvers():
+    for solver in (bx.Newton(), bx.GradientDescent(bx.Backtracking())):
+        for epsilon in (1e-2, 1e-8):
+            result = scalar(
+                lambda x, y: jnp.exp(x), bx.RelativeAccuracy(epsilon), 0.0, 2.0, exponential, solver
+            )
+            # With x* = log y, h = y.
+            assert abs(result.gradient - 1) <= epsilon
+            assert result.report.inner.status == Status.CONVERGED
+
+
+def test_auxiliary_output():
+    def with_aux(x, y):
+        return x**2, {"x": x, "count": jnp.int32(3)}
+
+    result = scalar(with_aux, bx.RelativeAccuracy(1e-3), 0.0, 2.0, has_aux=True)
+    assert abs(result.gradient + 0.25) <= 1e-3 * 0.25
+    np.testing.assert_array_equal(result.aux["x"], result.x)
+    assert result.aux["count"] == 3 and result.report.inner.status == Status.CONVERGED
+
+
+def test_float32():
+    y, warm = PENALTY.astype(np.float32), bx.cold_start(np.zeros(4, np.float32))
+    for epsilon in (1e-1, 1e-3, 1e-4, 1e-7, 1e-9):
+        result = LOGISTIC.run(bx.RelativeAccuracy(np.float32(epsilon)), y=y, warm=warm)
+        for leaf in jax.tree.leaves(result):
+            assert leaf.dtype in (np.float32, np.int32)
+        status, true = result.report.inner.status, LOGISTIC.relative_error(result)
+        if epsilon >= 1e-3:
+            assert status == Status.CONVERGED
+        if status == Status.CONVERGED:
+            assert true <= epsilon + 1e-7 and result.report.certificate.relative <= epsilon
+        else:
+            assert status in (Status.STALLED, Status.MAXITER)
+        assert true <= max(epsilon, 1e-4)
+    assert status != Status.CONVERGED
+
+
+# Wrong arguments.
+
+
+@pytest.mark.parametrize(
+    ("error", "make", "message"),
+    [
+        (
+            TypeError,
+            lambda: RIDGE.run(1e-2),
+            "`accuracy` must be a Accuracy, for example `RelativeAccuracy(1e-2)`; got 0.01.",
+        ),
+        (TypeError, lambda: RIDGE.run(bx.RelativeAccuracy), "Did you forget the parentheses?"),
+        (ValueError, lambda: bx.RelativeAccuracy(-0.1), "`value` must be positive, got -0.1."),
+        (ValueError, lambda: bx.RelativeAccuracy(0), "`value` must be positive, got 0."),
+        (ValueError, lambda: bx.AbsoluteAccuracy(0.0), "`value` must be positive, got 0.0."),
+        (ValueError, lambda: bx.AbsoluteAccuracy(np.nan), "`value` must be positive, got nan."),
+        (TypeError, lambda: bx.AbsoluteAccuracy(None), "`value` must be a number, got None."),
+        (TypeError, lambda: bx.RelativeAccuracy("1e-2"), "`value` must be a number, got '1e-2'."),
+        (
+            TypeError,
+            lambda: RIDGE.run(bx.RelativeAccuracy(np.array([1e-2, 1e-3]))),
+            "`value` of `RelativeAccuracy` must be a single number, got float64[2].",
+        ),
+        (
+            TypeError,
+            lambda: RIDGE.run(bx.RelativeAccuracy(1e-2), has_aux=True),
+            "`outer` must return a pair (value, aux) with `has_aux=True`, got float64[].",
+        ),
+    ],
+)
+def test_wrong_arguments(error, make, message):
+    assert_fails(error, message, make)

@@ -1,0 +1,681 @@
+"""Certificates against the true error, which is Omega(x, y) - dh/dy in dense form.
+
+Dense forms are written for flat vectors u and w, with `jax.jacobian` and NumPy's solves; x* is
+found by Newton's method on dense matrices.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax
+import numpy as np
+import pytest
+
+import bilevax as bx
+from tests.bad_input.example import assert_fails
+from tests.certificates.test_efficiency import LOGISTIC, PENALTY, RIDGE, validation
+from tests.rules.estimators import FIXED_POINT, FLOATING, ROOT, W, Y, like_x, outer, outer_on_trees
+from tests.test_compilation import Counted, recorded_compilations
+
+CONVERGED = bx.Status.CONVERGED
+DENSE = bx.Implicit(bx.Dense())
+RULES = {
+    "implicit": DENSE,
+    "jacobi": bx.Preconditioned(DENSE, bx.JacobiStep()),
+    "newton": bx.Preconditioned(DENSE, bx.NewtonStep(bx.Dense())),
+    "diagonal_change": bx.Reparameterized(DENSE, bx.DiagonalChange()),
+    "exponential_change": bx.Reparameterized(DENSE, bx.ExpChange()),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _derivatives(function, u, w):
+    return function(u, w), *jax.jacobian(function, (0, 1))(u, w)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _slopes_of_the_diagonal(optimality, u, w):
+    return jax.jacobian(lambda w: jnp.diagonal(jax.jacobian(optimality)(u, w)))(w)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A problem and an outer objective, on trees for the package and on flat vectors."""
+
+    name: str
+    problem: bx.Problem
+    outer: Callable
+    y: Any
+    like_x: Callable
+    optimality: Callable
+    g: Callable
+    w: np.ndarray
+    floating: int  # entries of w that y has as floating ones; they come first
+
+    def partials(self, function, u):
+        value, first, second = (np.asarray(a) for a in _derivatives(function, u, self.w))
+        return value, first, second[..., : self.floating]
+
+    def certificate(self, rule, u, **options):
+        return bx.hypergradient_error(
+            self.outer, self.problem, rule, self.like_x(u), self.y, **options
+        )
+
+    @functools.cached_property
+    def solution(self):
+        u = np.zeros(4)
+        for _ in range(40):
+            value, first, _ = self.partials(self.optimality, u)
+            u = u - np.linalg.solve(first, value)
+        assert np.linalg.norm(self.partials(self.optimality, u)[0]) < 1e-13
+        return u
+
+    @functools.cached_property
+    def truth(self):
+        return self.estimate("implicit", self.solution)
+
+    def solve_adjoint(self, u, damping=0.0):
+        """Return v with (F_1 + damping I)^T v = g_1."""
+        _, first, _ = self.partials(self.optimality, u)
+        _, cotangent, _ = self.partials(self.g, u)
+        return np.linalg.solve(first.T + damping * np.eye(len(u)), cotangent)
+
+    def assemble(self, u, v):
+        """Return g_2 - F_2^T v."""
+        return self.partials(self.g, u)[2] - self.partials(self.optimality, u)[2].T @ v
+
+    def estimate(self, name, u):
+        """Return Omega(u, w) of a rule."""
+        value, first, second = self.partials(self.optimality, u)
+        if name in ("jacobi", "newton"):
+            matrix = np.diag(np.diagonal(first)) if name == "jacobi" else first
+            return self.estimate("implicit", u - np.linalg.solve(matrix, value))
+        if name == "exponential_change":  # dx/dw = -(F_1 + diag(F / x))^{-1} F_2
+            first = first + np.diag(value / u)
+        if name == "diagonal_change":  # dx/dw = -F_1^{-1} (F_2 - diag(F / P) dP/dw)
+            slopes = np.asarray(_slopes_of_the_diagonal(self.optimality, u, self.w))
+            second = second - (value / np.diagonal(first))[:, None] * slopes[:, : self.floating]
+        _, outer_1, outer_2 = self.partials(self.g, u)
+        return outer_2 - second.T @ np.linalg.solve(first.T, outer_1)
+
+
+def regression(name, case):
+    return Case(
+        name, case.problem, validation, PENALTY, np.asarray, case.optimality, validation, PENALTY, 4
+    )
+
+
+def on_trees(kind):
+    return Case(
+        kind.name, kind.problem, outer_on_trees, Y, like_x, kind.optimality, outer, W, FLOATING
+    )
+
+
+RIDGE, LOGISTIC = regression("ridge", RIDGE), regression("logistic", LOGISTIC)
+CASES = [LOGISTIC, on_trees(ROOT), on_trees(FIXED_POINT)]
+DIRECTION = np.array([0.5, -0.3, 0.7, 0.4])
+
+
+def flat(tree):
+    """Return the floating entries; those of y are in the order of w."""
+    if isinstance(tree, dict):
+        return np.append(tree["gain"], tree["shift"])
+    return np.asarray(tree)
+
+
+def assert_near(got, wanted, rtol, atol=0.0):
+    """Compare two vectors in norm."""
+    got, wanted = np.asarray(got), np.asarray(wanted)
+    assert got.shape == wanted.shape
+    assert np.linalg.norm(got - wanted) <= rtol * np.linalg.norm(wanted) + atol
+
+
+def assert_consistent(found):
+    """Check what holds of every certificate."""
+    error = flat(found.error)
+    np.testing.assert_allclose(found.absolute, np.linalg.norm(error), rtol=1e-12)
+    slack = 1e-12 * float(found.absolute) + 1e-300
+    assert abs(found.inner - found.adjoint) - slack <= found.absolute
+    assert found.absolute <= found.inner + found.adjoint + slack
+    for number in (found.absolute, found.relative, found.inner, found.adjoint, found.contraction):
+        assert number.shape == () and number.dtype == np.float64 and number >= 0
+    for number in (found.products, found.status):
+        assert number.shape == () and number.dtype == np.int32
+
+
+# It is asymptotically exact.
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_its_own_error_falls_faster_than_the_error_it_estimates(case, name):
+    deviations, size = [], np.linalg.norm(case.truth)
+    for distance in (1e-1, 1e-2, 1e-3):
+        u = case.solution + distance * DIRECTION
+        true = case.estimate(name, u) - case.truth
+        found = case.certificate(RULES[name], u)
+        assert_consistent(found)
+        assert found.status == CONVERGED and found.contraction < 0.05 and found.products > 0
+        noise = 1e-11 * size / np.linalg.norm(true)
+        deviations.append((np.linalg.norm(flat(found.error) - true) / np.linalg.norm(true), noise))
+        # No more than first order in the distance, however large the curvature of Omega.
+        assert deviations[-1][0] <= distance + noise
+        np.testing.assert_allclose(
+            found.relative, np.linalg.norm(true) / size, rtol=3 * distance + noise
+        )
+        # The part of the adjoint is what the dense solve of the rule leaves.
+        assert found.adjoint <= 1e-11 * size
+    for (before, _), (after, noise) in zip(deviations, deviations[1:], strict=False):
+        assert after <= 0.2 * before + noise
+    # The problems are no quadratics: there is an error of the estimate to see.
+    assert deviations[0][0] > 1e-6
+
+
+def test_the_jacobians_are_not_symmetric():
+    for case in CASES[1:]:
+        _, first, _ = case.partials(case.optimality, case.solution)
+        assert np.linalg.norm(first - first.T) > 0.1 * np.linalg.norm(first)
+
+
+def test_it_is_exact_for_a_quadratic():
+    for distance in (1e-6, 1e-3, 1.0, 1e3):
+        u = RIDGE.solution + distance * DIRECTION
+        true = RIDGE.estimate("implicit", u) - RIDGE.truth
+        found = RIDGE.certificate(DENSE, u)
+        assert_near(found.error, true, 1e-8)
+        np.testing.assert_allclose(found.absolute, np.linalg.norm(true), rtol=1e-8)
+        assert found.status == CONVERGED
+
+
+def test_at_the_solution_nothing_is_left():
+    for case in (RIDGE, LOGISTIC):
+        found = case.certificate(DENSE, case.solution)
+        assert found.absolute <= 1e-12 * np.linalg.norm(case.truth)
+        assert found.status == CONVERGED
+        assert np.isfinite(found.contraction)
+
+
+# Its two parts.
+
+
+def conjugate_gradients(matrix, b, steps):
+    """Return the iterate of the textbook."""
+    v, r = np.zeros_like(b), b
+    p = r
+    for _ in range(steps):
+        alpha = (r @ r) / (p @ matrix @ p)
+        v, following = v + alpha * p, r - alpha * matrix @ p
+        p, r = following + (following @ following) / (r @ r) * p, following
+    return v
+
+
+def truncated(case, u, steps):
+    _, first, _ = case.partials(case.optimality, u)
+    return conjugate_gradients(first, case.partials(case.g, u)[1], steps)
+
+
+TWO_STEPS = bx.Implicit(bx.CG(maxiter=2))
+
+
+@pytest.mark.parametrize("case", [RIDGE, LOGISTIC], ids=["ridge", "logistic"])
+def test_with_an_exact_x_all_is_of_the_adjoint(case):
+    u = case.solution
+    true = case.assemble(u, truncated(case, u, 2)) - case.truth
+    assert np.linalg.norm(true) > 1e-3 * np.linalg.norm(case.truth)
+    found = case.certificate(TWO_STEPS, u)
+    assert_consistent(found)
+    assert_near(found.error, true, 1e-9)
+    np.testing.assert_allclose(found.adjoint, np.linalg.norm(true), rtol=1e-9)
+    assert found.inner <= 1e-11 * np.linalg.norm(case.truth)
+    assert found.status == CONVERGED  # the solve of the rule is judged, and is not at fault here
+
+
+def test_a_loose_tolerance_is_of_the_adjoint():
+    u = LOGISTIC.solution
+    for rtol in (1e-1, 1e-2):
+        rule = bx.Implicit(bx.CG(rtol=rtol))
+        cotangent = LOGISTIC.partials(validation, u)[1]
+        _, report = rule.pullback(LOGISTIC.problem, u, PENALTY, cotangent)
+        true = LOGISTIC.assemble(u, np.asarray(report.adjoint)) - LOGISTIC.truth
+        found = LOGISTIC.certificate(rule, u)
+        assert_near(found.error, true, 1e-9, 1e-12)
+        np.testing.assert_allclose(found.adjoint, np.linalg.norm(true), rtol=1e-9, atol=1e-12)
+        assert found.inner <= 1e-11
+
+
+def test_damping_is_of_the_adjoint():
+    u = LOGISTIC.solution
+    for damping in (0.1, 10.0):
+        true = LOGISTIC.assemble(u, LOGISTIC.solve_adjoint(u, damping)) - LOGISTIC.truth
+        found = LOGISTIC.certificate(bx.Implicit(bx.CG(damping=damping)), u)
+        assert_near(found.error, true, 1e-9)
+        np.testing.assert_allclose(found.adjoint, found.absolute, rtol=1e-9)
+        assert found.inner <= 1e-11
+        assert found.status == CONVERGED
+
+
+def test_with_an_inexact_x_and_adjoint_the_parts_sum_to_the_whole():
+    for distance in (1e-1, 1e-3):
+        u = LOGISTIC.solution + distance * DIRECTION
+        here = LOGISTIC.estimate("implicit", u)
+        of_adjoint = LOGISTIC.assemble(u, truncated(LOGISTIC, u, 2)) - here
+        of_inner = here - LOGISTIC.truth
+        found = LOGISTIC.certificate(TWO_STEPS, u)
+        assert_consistent(found)
+        # At the same point both are known, so this part has no error of second order.
+        np.testing.assert_allclose(found.adjoint, np.linalg.norm(of_adjoint), rtol=1e-8)
+        np.testing.assert_allclose(found.inner, np.linalg.norm(of_inner), rtol=distance)
+        assert_near(found.error, of_adjoint + of_inner, distance)
+
+
+WRAPPED = {
+    "preconditioned": bx.Preconditioned(TWO_STEPS, bx.NewtonStep(bx.Dense())),
+    "reparameterized": bx.Reparameterized(
+        bx.Implicit(bx.Dense(damping=0.1)),
+        bx.ChangeOfVariables(lambda z, y: z / 2, lambda x, y: 2 * x),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_rule_inside_a_wrapper_is_judged_with_its_own_solver(name):
+    u = LOGISTIC.solution + 1e-2 * DIRECTION
+    value, first, _ = LOGISTIC.partials(LOGISTIC.optimality, u)
+    if name == "preconditioned":
+        u_rule = u - np.linalg.solve(first, value)
+        estimate = LOGISTIC.assemble(u_rule, truncated(LOGISTIC, u_rule, 2))
+    else:  # phi_1 = I / 2, so that G_1 + 0.1 I = (F_1 + 0.4 I) / 4
+        u_rule = u
+        estimate = LOGISTIC.assemble(u, LOGISTIC.solve_adjoint(u, 0.4))
+    of_adjoint = estimate - LOGISTIC.estimate("implicit", u_rule)
+    found = LOGISTIC.certificate(WRAPPED[name], u)
+    assert_near(found.error, estimate - LOGISTIC.truth, 1e-2)
+    np.testing.assert_allclose(found.adjoint, np.linalg.norm(of_adjoint), rtol=1e-8)
+    assert found.status == CONVERGED
+
+
+def test_the_three_solves_take_another_solver():
+    u = LOGISTIC.solution + 1e-2 * DIRECTION
+    default = LOGISTIC.certificate(TWO_STEPS, u)
+    for solver in (bx.Dense(), bx.GMRES()):
+        other = LOGISTIC.certificate(TWO_STEPS, u, linear_solver=solver)
+        assert_near(other.error, default.error, 1e-8)
+        np.testing.assert_allclose(other.inner, default.inner, rtol=1e-8)
+        np.testing.assert_allclose(other.adjoint, default.adjoint, rtol=1e-8)
+        assert other.status == CONVERGED
+
+
+def adjoint_of(case, rule, u):
+    cotangent = case.partials(case.g, u)[1]
+    gradient, report = rule.pullback(case.problem, u, case.y, cotangent)
+    return case.partials(case.g, u)[2] + gradient, report.adjoint
+
+
+def test_a_known_adjoint_saves_work_and_changes_nothing():
+    u = LOGISTIC.solution + 1e-2 * DIRECTION
+    for rule in (bx.Implicit(), bx.Implicit(bx.CG(rtol=1e-2))):
+        alone = LOGISTIC.certificate(rule, u)
+        _, v = adjoint_of(LOGISTIC, rule, u)
+        known = LOGISTIC.certificate(rule, u, adjoint=v)
+        assert_near(known.error, alone.error, 1e-9)
+        np.testing.assert_allclose(known.adjoint, alone.adjoint, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(known.inner, alone.inner, rtol=1e-9)
+        assert known.products <= alone.products and known.status == CONVERGED
+
+
+def test_what_is_judged_with_a_known_adjoint_is_the_hypergradient_made_of_it():
+    u = LOGISTIC.solution + 1e-2 * DIRECTION
+    gradient, v = adjoint_of(LOGISTIC, TWO_STEPS, u)
+    found = LOGISTIC.certificate(TWO_STEPS, u, adjoint=v)
+    assert_near(found.error, gradient - LOGISTIC.truth, 1e-2)
+    assert_near(found.error, LOGISTIC.certificate(TWO_STEPS, u).error, 1e-9)
+
+
+def test_a_useless_guess_does_no_harm():
+    u = LOGISTIC.solution + 1e-2 * DIRECTION
+    alone = LOGISTIC.certificate(bx.Implicit(), u)
+    for guess in (np.full(4, 1e9), np.full(4, np.nan)):
+        found = LOGISTIC.certificate(bx.Implicit(), u, adjoint=guess)
+        assert_near(found.error, alone.error, 1e-7)
+        assert found.status == CONVERGED
+
+
+# Costs.
+
+
+def test_products_by_hand():
+    def quadratic(x, y):  # F_1 has two distinct eigenvalues
+        return jnp.sum(jnp.array([1.0, 3.0, 3.0]) * x**2) / 2 - y * jnp.sum(x)
+
+    def square(x, y):
+        return jnp.sum(x**2)
+
+    problem, x = bx.minimum(quadratic), np.array([1.0, -2.0, 0.3])
+    found = bx.hypergradient_error(square, problem, bx.Implicit(), x, 2.0)
+    # From zero, CG takes two steps and a check; at x the guess is accurate, one check; at x_N the
+    # guess is that of x: a check, two steps and a check.
+    assert found.products == 3 + 1 + 4
+    found = bx.hypergradient_error(square, problem, bx.Implicit(bx.CG(maxiter=1)), x, 2.0)
+    assert found.products == 3 + 4 + 4
+    found = bx.hypergradient_error(square, problem, bx.Implicit(), x, 2.0, linear_solver=bx.Dense())
+    assert found.products == 3 * (3 + 2)
+    # Newton's method has nothing to do at the solution.
+    found = bx.hypergradient_error(square, problem, bx.Implicit(), 2 / np.array([1.0, 3, 3]), 2.0)
+    assert found.products == 1 + 1 and found.contraction == 0 and found.absolute == 0
+
+
+def test_products_that_are_not_counted():
+    problem, x = bx.root(lambda x, y: x**2 - y), 1.1
+    for solver in (bx.LineaxSolver(lineax.LU()), bx.BiCGStab()):
+        found = bx.hypergradient_error(
+            lambda x, y: x**2, problem, bx.Implicit(), x, 1.0, linear_solver=solver
+        )
+        assert found.products == -1 and found.status == CONVERGED
+    # Those of the rule are not among the costs of the certificate.
+    found = bx.hypergradient_error(lambda x, y: x**2, problem, bx.Implicit(bx.BiCGStab()), x, 1.0)
+    assert found.products > 0
+
+
+# Failures, and what looks like success. Each is a scalar problem with its truth dh/dy.
+
+CYCLE = (
+    1.3917452002707347  # where Newton's method on arctan goes to and fro: 2 x = (1 + x^2) arctan x
+)
+
+
+def first(x, y):
+    return x
+
+
+def exponential(x, y):  # x* = log y
+    return jnp.exp(x) - y
+
+
+def bend(x, y):  # x* = tan y
+    return jnp.arctan(x) - y
+
+
+def one_more(power):
+    """Return (problem, g, dh/dy) at y = 1 with x* = y^(1/p): Omega = 1 + (p-2) / p x^-2."""
+    return (
+        bx.root(lambda x, y: x**power - y),
+        lambda x, y: x**power + x ** (power - 2),
+        1 + (power - 2) / power,
+    )
+
+
+def exponential_outer(x, y):  # Omega = 1 + exp(-x) in place of 2
+    return jnp.exp(x) + x
+
+
+def hidden(x, y):
+    """Hide a small residual, which Newton's method does not reduce, behind a large one."""
+    return jnp.stack([1e3 * (x[0] - 1), bend(x[1], y)])
+
+
+COUNTEREXAMPLES = {
+    # Newton's steps have a constant length, though each shrinks F by e.
+    "exponential_root": (bx.root(exponential), exponential_outer, 20.0, 1.0, 2.0, 1 + np.exp(-20)),
+    "exponential_minimum": (
+        bx.minimum(lambda x, y: jnp.exp(x) - y * x),
+        exponential_outer,
+        20.0,
+        1.0,
+        2.0,
+        1 + np.exp(-20),
+    ),
+    # Newton's steps shrink by 1 / p only.
+    "cube": (*one_more(3)[:2], 1e3, 1.0, one_more(3)[2], 1 + 1 / 3 * 1e-6),
+    "ninth_power": (*one_more(9)[:2], 1e3, 1.0, one_more(9)[2], 1 + 7 / 9 * 1e-6),
+    "hidden_cycle": (
+        bx.root(hidden),
+        lambda x, y: x[1],
+        np.array([0.0, CYCLE]),
+        0.0,
+        1.0,
+        1 + CYCLE**2,
+    ),
+    "cycle": (bx.root(bend), first, CYCLE, 0.0, 1.0, 1 + CYCLE**2),
+    **{
+        f"arctan_{x}": (bx.root(bend), first, x, 0.0, 1.0, 1 + x**2)
+        for x in (0.1, 1.2, 1.3, 1.35, 1.4, 1.5, 3.0, 100.0, 1e6)
+    },
+    **{
+        f"exponential_left_{x}": (bx.root(exponential), first, x, 1.0, 1.0, np.exp(-x))
+        for x in (-0.5, -3.0, -20.0)
+    },
+    **{
+        f"square_root_{x}": (bx.root(lambda x, y: x**2 - y), first, x, 1.0, 0.5, 0.5 / x)
+        for x in (0.01, 0.3, 3.0, 100.0)
+    },
+}
+
+
+@pytest.mark.parametrize("name", COUNTEREXAMPLES)
+def test_converged_means_that_the_estimate_can_be_trusted(name):
+    problem, g, x, y, truth, estimate = COUNTEREXAMPLES[name]
+    found = bx.hypergradient_error(g, problem, bx.Implicit(), x, y)
+    true = estimate - truth
+    assert found.status in (CONVERGED, bx.Status.STALLED, bx.Status.NONFINITE)
+    if found.status == CONVERGED:
+        # "Wrong by about that factor, relatively."
+        assert abs(found.error - true) <= (10 * found.contraction + 1e-8) * abs(true)
+        assert found.absolute >= 0.5 * abs(true) or found.contraction > 0.05
+    if name in ("arctan_0.1", "exponential_left_-0.5"):
+        assert found.status == CONVERGED
+
+
+@pytest.mark.parametrize("x", [0.3, 3.0, 30.0, 1e4])
+def test_without_a_root_it_does_not_converge(x):
+    found = bx.hypergradient_error(first, bx.root(lambda x, y: x**2 + y), bx.Implicit(), x, 1.0)
+    assert found.status != CONVERGED
+
+
+def test_an_ill_conditioned_quadratic():
+    """The entry of small curvature has a small residual, and all of the hypergradient."""
+    for curvature in (1e-4, 1e-8):
+        problem = bx.minimum(lambda x, y, c=curvature: _ill_conditioned(c, x, y))
+        # v = (1, 1 / curvature) and F_2 = -curvature exp(y).
+        for x, rule in (
+            (np.array([1.0, 1.0]), bx.Implicit()),
+            (np.array([1.0, 1.1]), bx.Implicit()),
+            (np.array([0.5, 1.1]), bx.Implicit(bx.CG(rtol=1e-3))),
+            (np.array([1.0, 1.0]), bx.Implicit(bx.CG(rtol=1e-3))),
+        ):
+            found = bx.hypergradient_error(
+                lambda x, y: x[0] + jnp.sum(x[1] ** 2), problem, rule, x, 0.0
+            )
+            cotangent = np.array([1.0, 2 * x[1]])
+            gradient, _ = rule.pullback(problem, x, 0.0, cotangent)
+            np.testing.assert_allclose(found.error, gradient - 2.0, rtol=1e-6, atol=1e-8)
+            assert found.status == CONVERGED
+
+
+def _ill_conditioned(curvature, x, y):
+    return (x[0] - 1) ** 2 / 2 + curvature * (x[1] - jnp.exp(y)) ** 2 / 2
+
+
+def test_starts_at_zero_and_at_the_solution():
+    problem, g = bx.minimum(lambda x, y: 0.5 * y * x**2 - x), lambda x, y: x**2
+    for x, wanted in ((0.0, 0.25), (0.5, 0.0)):  # Omega = -2 x^2 / y
+        found = bx.hypergradient_error(g, problem, bx.Implicit(), x, 2.0)
+        np.testing.assert_allclose(found.error, wanted, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(found.relative, wanted / 0.25, rtol=1e-12, atol=1e-15)
+        assert found.status == CONVERGED and found.contraction == 0
+    # x* = 0 = F(0, y), where even ||F_1 x|| is zero.
+    found = bx.hypergradient_error(
+        lambda x, y: x, bx.root(lambda x, y: jnp.sinh(x) * y), bx.Implicit(), 0.0, 2.0
+    )
+    assert found.absolute == 0 and found.status == CONVERGED
+
+
+def test_a_failed_solve_is_propagated():
+    u = LOGISTIC.solution + 1e-2 * DIRECTION
+    found = LOGISTIC.certificate(bx.Implicit(), u, linear_solver=bx.CG(maxiter=1))
+    assert found.status == bx.Status.MAXITER
+    singular = bx.root(lambda x, y: jnp.stack([x[0] + x[1], x[0] + x[1]]) - y)
+    found = bx.hypergradient_error(
+        lambda x, y: x[0] - x[1], singular, bx.Implicit(), np.zeros(2), np.array([1.0, 2.0])
+    )
+    assert found.status >= bx.Status.MAXITER and not np.isfinite(found.absolute)
+    indefinite = bx.minimum(lambda x, y: jnp.cos(x) + 0 * y)
+    found = bx.hypergradient_error(first, indefinite, bx.Implicit(), 0.3, 1.0)
+    assert found.status in (bx.Status.INDEFINITE, bx.Status.NONFINITE)
+
+
+@pytest.mark.parametrize("name", ["x", "y", "objective"])
+def test_what_is_not_finite(name):
+    x, y = LOGISTIC.solution.copy(), PENALTY.copy()
+    if name == "objective":
+        found = bx.hypergradient_error(
+            first, bx.root(lambda x, y: jnp.log(x) - y), bx.Implicit(), -1.0, 1.0
+        )
+    else:
+        {"x": x, "y": y}[name][1] = np.nan
+        found = bx.hypergradient_error(validation, LOGISTIC.problem, bx.Implicit(), x, y)
+    assert found.status == bx.Status.NONFINITE
+    assert not np.isfinite(found.absolute) and not found.relative < 1
+
+
+def test_a_stationary_point_of_h_has_no_relative_error():
+    problem = bx.minimum(lambda x, y: (x - y) ** 2)  # x* = y, and with g = x^2, dh/dy = 2 y
+    found = bx.hypergradient_error(lambda x, y: x**2, problem, bx.Implicit(), 0.1, 0.0)
+    np.testing.assert_allclose([found.error, found.absolute], 0.2, rtol=1e-12)
+    assert found.relative > 1e10 and found.status == CONVERGED
+
+
+# Kinds of x and y, precision, transformations.
+
+
+def test_leaves_of_integers_and_keys():
+    def shifted(x, y):
+        noise = jax.random.normal(y["key"], (2,))
+        misfit = jnp.append(x["a"], x["b"]) - y["w"][y["index"]] * noise
+        return jnp.sum(jnp.cosh(misfit))
+
+    y = {"w": jnp.arange(1.0, 4.0), "index": jnp.array([2, 0]), "key": jax.random.key(0)}
+    noise = np.asarray(jax.random.normal(y["key"], (2,)))
+    x_star = np.array([3.0, 1.0]) * noise
+    x = {"a": x_star[0] + 1e-3, "b": np.array([x_star[1] - 1e-3])}
+    found = bx.hypergradient_error(
+        lambda x, y: x["a"] ** 2 + jnp.sum(jnp.exp(x["b"])),
+        bx.minimum(shifted),
+        bx.Implicit(),
+        x,
+        y,
+    )
+    # dx_i/dw is noise_i, so that Omega - dh/dy is the change of g_1 times it.
+    wanted = np.array([np.exp(x_star[1]) * np.expm1(-1e-3) * noise[1], 0.0, 2e-3 * noise[0]])
+    assert jax.tree.structure(found.error) == jax.tree.structure(y)
+    for name in ("index", "key"):
+        assert found.error[name].dtype == jax.dtypes.float0
+        assert found.error[name].shape == y[name].shape
+    assert_near(found.error["w"], wanted, 1e-5)
+    np.testing.assert_allclose(found.absolute, np.linalg.norm(wanted), rtol=1e-5)
+    assert found.status == CONVERGED
+
+
+def test_float32():
+    u = LOGISTIC.solution + 0.1 * DIRECTION
+    true = LOGISTIC.estimate("implicit", u) - LOGISTIC.truth
+    low = u.astype(np.float32), PENALTY.astype(np.float32)
+    found = bx.hypergradient_error(validation, LOGISTIC.problem, bx.Implicit(), *low)
+    for number in (found.absolute, found.relative, found.error, found.inner, found.contraction):
+        assert number.dtype == np.float32
+    assert_near(found.error, true, 2e-2)
+    assert found.adjoint <= 1e-3 * found.absolute and found.status == CONVERGED
+    low = LOGISTIC.solution.astype(np.float32), low[1]
+    found = bx.hypergradient_error(validation, LOGISTIC.problem, bx.Implicit(), *low)
+    assert found.relative < 1e-5 and found.status == CONVERGED
+
+
+def test_jit_and_vmap_equal_a_loop():
+    problem = bx.root(bend)
+
+    def certificate(x, y):
+        return bx.hypergradient_error(lambda x, y: x**2 + y, problem, bx.Implicit(), x, y)
+
+    xs = np.array([0.5, 3.0, np.nan, 0.0, 1.3, -0.7])
+    ys = np.array([0.1, 0.0, 0.2, 0.0, 0.0, 0.3])
+    together = jax.vmap(certificate)(xs, ys)
+    for k in range(len(xs)):
+        alone, jitted = certificate(xs[k], ys[k]), jax.jit(certificate)(xs[k], ys[k])
+        for got, again, wanted in zip(together, jitted, alone, strict=True):
+            np.testing.assert_allclose(got[k], wanted, rtol=1e-9, atol=1e-15)
+            np.testing.assert_allclose(again, wanted, rtol=1e-12, atol=1e-15)
+    statuses = together.status.tolist()
+    assert statuses[0] == statuses[3] == statuses[5] == CONVERGED
+    assert (statuses[1], statuses[2]) == (bx.Status.STALLED, bx.Status.NONFINITE)
+
+
+def test_a_second_call_traces_and_compiles_nothing():
+    residual, g = Counted(exponential), Counted(exponential_outer)
+
+    def run(x, y, rtol):
+        rule = bx.Implicit(bx.CG(rtol=rtol))
+        solver = bx.GMRES(rtol=0.1 * rtol)
+        return bx.hypergradient_error(g, bx.root(residual), rule, x, y, linear_solver=solver)
+
+    with recorded_compilations() as events:
+        run(0.1, 1.0, 1e-8)
+    assert events
+    traced = residual.calls, g.calls
+    with recorded_compilations() as events:
+        jax.block_until_ready(run(0.5, 2.0, 1e-10))
+    assert events == [] and (residual.calls, g.calls) == traced
+
+
+@pytest.mark.parametrize(
+    ("error", "changes", "message"),
+    [
+        (TypeError, {"outer": 1.0}, "`outer` must be a function, got 1.0."),
+        (TypeError, {"outer": lambda x, y: x}, "`outer` must return a scalar, got float64[4]."),
+        (
+            TypeError,
+            {"problem": validation},
+            "`problem` must be a Problem, for example `minimum(objective)`; got",
+        ),
+        (
+            TypeError,
+            {"problem": bx.root(lambda x, y: x[:2])},
+            "`residual` must return shapes and dtypes like `x`: `x` is float64[4], got float64[2].",
+        ),
+        (TypeError, {"rule": None}, "`rule` must be a Rule, for example `Implicit()`; got None."),
+        (TypeError, {"rule": bx.Implicit}, "Did you forget the parentheses?"),
+        (
+            TypeError,
+            {"x": np.zeros(4, int)},
+            "`x` must be a floating array to be solved for, got dtype int64.",
+        ),
+        (TypeError, {"y": np.zeros(4, complex)}, "`y` is complex; only real arrays are supported."),
+        (
+            TypeError,
+            {"linear_solver": "cg"},
+            "`linear_solver` must be a LinearSolver, for example `CG()`; got 'cg'.",
+        ),
+        (TypeError, {"linear_solver": bx.CG}, "Did you forget the parentheses?"),
+        (TypeError, {"adjoint": np.zeros(3)}, "must have as many entries as the unknown, 4; got"),
+        (
+            ValueError,
+            {
+                "rule": bx.Reparameterized(
+                    DENSE, bx.ChangeOfVariables(lambda z, y: 2 * z, lambda x, y: x)
+                )
+            },
+            "`phi(phi_inverse(x, y), y)`",
+        ),
+    ],
+)
+def test_wrong_arguments(error, changes, message):
+    arguments = {
+        "outer": validation,
+        "problem": RIDGE.problem,
+        "rule": bx.Implicit(),
+        "x": np.ones(4),
+        "y": PENALTY,
+    }
+    assert_fails(error, message, lambda: bx.hypergradient_error(**(arguments | changes)))
