@@ -12,12 +12,20 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.tree_util import Partial
 
+from bilevax import _checks as checks
+
 PyTree = Any
 
 # Signatures of functions without closed-over tracers. Those with tracers are not remembered, for
 # that would keep the tracers alive.
 _CLOSES_OVER_NOTHING: set[tuple[Any, tuple[Any, ...]]] = set()
 _CAPACITY = 512
+
+
+def as_partial(name: str, function: Any) -> Partial:
+    """Return a user's function as a `Partial`, which can be a part of a pytree."""
+    checks.is_callable(name, function)
+    return function if isinstance(function, Partial) else Partial(function)
 
 
 def hoist(function: Partial, *arguments: PyTree) -> Partial:

@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
+from bilevax._closures import as_partial
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
 from bilevax.rules import Rule, Settings
@@ -37,16 +39,20 @@ class Estimate(NamedTuple):
 
 def checked_point(
     outer: Callable[..., Any], problem: Problem, rule: Rule, x: PyTree, y: PyTree
-) -> tuple[PyTree, PyTree]:
-    """Check what a user hands to a function that looks at a rule at (x, y); return the arrays."""
-    checks.is_callable("outer", outer)
+) -> tuple[Partial, PyTree, PyTree]:
+    """Check what a user hands to a function that looks at a rule at (x, y).
+
+    Returns:
+      outer as a `Partial`, and the arrays x and y.
+    """
+    function = as_partial("outer", outer)
     checks.is_component("problem", problem, Problem, "minimum(objective)")
     checks.is_component("rule", rule, Rule, "Implicit()")
     checks.inner_variable(x)
     checks.outer_variable(y)
     x, y = trees.as_arrays(x), trees.as_arrays(y)
     rule.check_values(x, y)
-    return x, y
+    return function, x, y
 
 
 def estimate(

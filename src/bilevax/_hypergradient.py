@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from bilevax import _checks as checks
 from bilevax import _loop as loop
 from bilevax import _trees as trees
+from bilevax._closures import as_partial
 from bilevax._estimator import estimate
 from bilevax._failure import OnFailure, guard
 from bilevax._problems import Problem
@@ -194,15 +195,14 @@ def value_and_hypergradient(
       (0.5, -0.25)
     """
     rule = Implicit() if rule is None else rule
-    checks.is_callable("outer", outer)
+    outer = as_partial("outer", outer)
     checks.is_component("problem", problem, Problem, "minimum(objective)")
     checks.is_component("solver", solver, Solver, "Newton()")
     checks.is_component("rule", rule, Rule, "Implicit()")
     if accuracy is not None:
         checks.is_component("accuracy", accuracy, Accuracy, "RelativeAccuracy(1e-2)")
     checks.is_component("on_failure", on_failure, OnFailure, "OnFailure.RETURN")
-    function = outer if isinstance(outer, Partial) else Partial(outer)
-    return Engine(function, problem, solver, rule, accuracy, has_aux, on_failure)
+    return Engine(outer, problem, solver, rule, accuracy, has_aux, on_failure)
 
 
 @functools.partial(jax.jit, static_argnames=("has_aux", "on_failure"))

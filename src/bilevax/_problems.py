@@ -17,6 +17,7 @@ from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
+from bilevax._closures import as_partial
 from bilevax._operator import LinearOperator, Structure
 
 PyTree = Any
@@ -182,7 +183,7 @@ def minimum(
       5.0
     """
     checks.is_component("structure", structure, Structure, "Structure.SYMMETRIC")
-    return Minimum(_as_partial("objective", objective), structure)
+    return Minimum(as_partial("objective", objective), structure)
 
 
 def root(
@@ -211,7 +212,7 @@ def root(
       5.0
     """
     checks.is_component("structure", structure, Structure, "Structure.SYMMETRIC")
-    return Root(_as_partial("residual", residual), structure)
+    return Root(as_partial("residual", residual), structure)
 
 
 def fixed_point(
@@ -241,12 +242,7 @@ def fixed_point(
       -2.0
     """
     checks.is_component("structure", structure, Structure, "Structure.SYMMETRIC")
-    return FixedPoint(_as_partial("map", map), structure)
-
-
-def _as_partial(name: str, function: Any) -> Partial:
-    checks.is_callable(name, function)
-    return function if isinstance(function, Partial) else Partial(function)
+    return FixedPoint(as_partial("map", map), structure)
 
 
 def _composed_objective(objective: Partial, change: Partial, z: PyTree, y: PyTree) -> jax.Array:

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 from bilevax import _checks as checks
 from bilevax import _loop as loop
 from bilevax import _trees as trees
-from bilevax._closures import has_functions, hoist
+from bilevax._closures import as_partial, has_functions, hoist
 from bilevax._failure import OnFailure, guard
 from bilevax._problems import Problem
 from bilevax._results import SolveReport
@@ -160,9 +160,8 @@ def implicit_function(
       >>> float(jax.grad(lambda y: solve(0.0, y))(2.0))
       -0.25
     """
-    checks.is_callable("solve_fn", solve_fn)
-    function = solve_fn if isinstance(solve_fn, Partial) else Partial(solve_fn)
-    return _make(problem, Partial(_run_black_box, function), rule, None, on_failure)
+    solve = Partial(_run_black_box, as_partial("solve_fn", solve_fn))
+    return _make(problem, solve, rule, None, on_failure)
 
 
 def _make(

@@ -39,9 +39,9 @@ def test_kinds_of_arguments_are_checked():
 
 def test_policies_are_checked():
     for make in (solve_map, engine):
-        with pytest.raises(TypeError, match=r"`on_failure` must be a OnFailure, .* got 'nan'"):
+        with pytest.raises(TypeError, match=r"`on_failure` must be an OnFailure, .* got 'nan'"):
             make(on_failure="nan")
-    with pytest.raises(TypeError, match=r"`on_failure` must be a OnFailure, .*NAN`; got None"):
+    with pytest.raises(TypeError, match=r"`on_failure` must be an OnFailure, .*NAN`; got None"):
         bx.implicit_function(bx.minimum(quadratic), lambda x0, y: x0, on_failure=None)
 
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 import bilevax as bx
 from tests.bad_input.example import assert_fails
 from tests.certificates.test_efficiency import LOGISTIC, PENALTY, RIDGE, validation
 from tests.rules.estimators import W, image, outer
 from tests.test_compilation import recorded_compilations
-from tests.test_failure import assert_raises
 
 Status = bx.Status
 SOLVER = bx.GradientDescent(0.2)
@@ -76,7 +76,7 @@ CONTRACTION = Case(
     lambda u, w: u - image(u, w),
     outer,
     np.asarray(W, np.float64),
-    bx.FixedPointIteration(),
+    bx.FixedPointIteration(0.2),
 )
 CASES = [RIDGE, LOGISTIC, CONTRACTION]
 EPSILONS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -111,12 +111,51 @@ def test_relative_accuracy(case, name):
         iterations.append(int(result.report.inner.iterations))
     assert iterations == sorted(iterations)
     assert iterations[-1] < default.report.inner.iterations
-    if (case, name) == (RIDGE, "newton"):  # a Newton step is exact for a quadratic
-        assert iterations[0] == iterations[-1]
-    else:
-        assert iterations[0] < 0.5 * iterations[-1]
+    assert iterations[0] < iterations[-1]
     np.testing.assert_array_equal(result.warm.x, result.x)
     np.testing.assert_allclose(result.value, case.g(result.x, case.y), rtol=1e-12)
+
+
+LANES = 200
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def dense_gradients(optimality, g, ys):
+    """Return all gradients of h, and the largest ||F|| of the solutions."""
+
+    def gradient(y):
+        def step(_, u):
+            return u - jnp.linalg.solve(jax.jacobian(optimality)(u, y), optimality(u, y))
+
+        u = jax.lax.fori_loop(0, 50, step, jnp.zeros(4))
+        first, second = jax.jacobian(optimality, (0, 1))(u, y)
+        outer_1, outer_2 = jax.grad(g, (0, 1))(u, y)
+        v = jnp.linalg.solve(first.T, outer_1)
+        return outer_2 - second.T @ v, jnp.linalg.norm(optimality(u, y))
+
+    return jax.vmap(gradient)(ys)
+
+
+def test_many_problems_starts_and_accuracies():
+    """Conditioning and curvature vary widely; CONVERGED is never said too early."""
+    random = np.random.default_rng(0)
+    case, spread = CONTRACTION, np.array([0.7, 0.7, 0.7, 0.0])
+    ys = case.y + random.normal(size=(LANES, 4)) * spread
+    starts = 3 * random.normal(size=(LANES, 4))
+    epsilons = 10 ** random.uniform(-6, -0.3, size=LANES)
+
+    def run(y, start, epsilon):
+        warm, accuracy = bx.cold_start(start), bx.RelativeAccuracy(epsilon)
+        return case.run(accuracy, RULES["newton"], y=y, warm=warm)
+
+    result = jax.jit(jax.vmap(run))(ys, starts, epsilons)
+    truth, residual = dense_gradients(case.optimality, case.g, ys)
+    errors = np.linalg.norm(result.gradient - truth, axis=1) / np.linalg.norm(truth, axis=1)
+    said = np.asarray(result.report.inner.status) == Status.CONVERGED
+    judged = said & (np.asarray(residual) < 1e-11)
+    assert np.mean(said) > 0.95 and np.mean(judged) > 0.9
+    wrong = [(k, epsilons[k], errors[k]) for k in np.flatnonzero(judged & (errors > epsilons))]
+    assert not wrong
 
 
 def test_absolute_accuracy():
@@ -145,20 +184,6 @@ def test_the_point_of_a_correction_and_its_costs():
 # An accuracy is a number like others.
 
 
-def test_a_batch_of_accuracies_equals_a_loop():
-    def run(epsilon):
-        return LOGISTIC.run(bx.RelativeAccuracy(epsilon))
-
-    epsilons = np.array([1e-2, 1e-6, 1e-1, 1e-4])
-    together = jax.jit(jax.vmap(run))(epsilons)
-    with recorded_compilations() as events:
-        loop = [run(float(epsilon)) for epsilon in (1e-3, *epsilons)][1:]
-    assert events == [] or len(events) > 0  # the first of them may compile; the next test counts
-    for lane, alone in enumerate(loop):
-        got = jax.tree.map(lambda leaf, lane=lane: leaf[lane], together)
-        assert_equal_results(got, alone)
-
-
 def assert_equal_results(got, wanted):
     np.testing.assert_allclose(got.gradient, wanted.gradient, rtol=1e-9)
     np.testing.assert_allclose(got.x, wanted.x, rtol=1e-10)
@@ -185,30 +210,32 @@ def test_another_accuracy_compiles_nothing():
 
 
 def test_jit_and_vmap_equal_a_loop():
-    y = PENALTY + np.array([0.0, -1.0, 1.0, np.nan, 4.0])[:, None]
+    """Each lane has its own problem and its own accuracy."""
+    y = PENALTY + np.array([0.0, 0.0, -1.0, 1.0, np.nan, 4.0])[:, None]
+    epsilons = np.array([1e-2, 1e-6, 1e-1, 1e-4, 1e-3, 1e-3])
 
-    def run(y):
-        return LOGISTIC.run(bx.RelativeAccuracy(1e-3), y=y)
+    def run(y, epsilon):
+        return LOGISTIC.run(bx.RelativeAccuracy(epsilon), y=y)
 
-    together = jax.jit(jax.vmap(run))(y)
-    for lane in range(5):
-        alone = run(y[lane])
+    together = jax.jit(jax.vmap(run))(y, epsilons)
+    for lane in range(6):
+        alone = run(y[lane], epsilons[lane])
         got = jax.tree.map(lambda leaf, lane=lane: leaf[lane], together)
         assert got.report.inner.status == alone.report.inner.status
-        if lane < 3:
+        if lane < 4:
             assert_equal_results(got, alone)
             assert alone.report.inner.status == Status.CONVERGED
-            assert LOGISTIC.relative_error(alone, y[lane]) <= 1e-3
+            assert LOGISTIC.relative_error(alone, y[lane]) <= epsilons[lane]
     # At the last y the rate is far above 2 / L.
-    assert together.report.inner.status[3] == Status.NONFINITE
-    assert together.report.inner.status[4] in (Status.DIVERGED, Status.NONFINITE)
+    assert together.report.inner.status[4] == Status.NONFINITE
+    assert together.report.inner.status[5] in (Status.DIVERGED, Status.NONFINITE)
 
 
 def test_jit_equals_eager():
-    def run(y):
-        return LOGISTIC.run(bx.RelativeAccuracy(1e-4), y=y)
+    def run(y, epsilon):
+        return LOGISTIC.run(bx.RelativeAccuracy(epsilon), y=y)
 
-    assert_equal_results(jax.jit(run)(PENALTY), run(PENALTY))
+    assert_equal_results(jax.jit(run)(PENALTY, 1e-4), run(PENALTY, 1e-4))
 
 
 def test_warm_starts_in_scan():
@@ -250,7 +277,7 @@ def test_too_few_iterations():
         assert result.report.inner.iterations == maxiter
         # The certificate tells the true error, as far as its Newton step leads.
         true = LOGISTIC.relative_error(result)
-        assert 1e-5 < true
+        assert true > 1e-5
         np.testing.assert_allclose(result.report.certificate.relative, true, rtol=0.1)
         assert_sound(result, 0.0)
 
@@ -325,7 +352,7 @@ def test_raising():
         ).gradient
 
     assert np.all(np.isfinite(run(0.2)))
-    with pytest.raises(Exception, match=r"DIVERGED|NONFINITE"):
+    with pytest.raises((RuntimeError, ValueError), match=r"DIVERGED|NONFINITE"):
         jax.block_until_ready(run(3.0))
 
 
@@ -370,22 +397,27 @@ def ill_conditioned(x, y):
     return first + CURVATURE * (x[1] - jnp.exp(y[1])) ** 2 / 2
 
 
-def test_an_ill_conditioned_adjoint_system():
+def small_outer(x, y):
+    return x[0] + 1e-5 * x[1]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e-6])
+def test_an_ill_conditioned_adjoint_system(offset):
     """The gradient of h is (1e-6, 1e-5); v = (1, 10) of g_1 = (1, 1e-5) makes the larger entry."""
-    for x in (np.array([1.0, 1.0]), np.array([1.0, 1.0 + 1e-6])):
-        engine = bx.value_and_hypergradient(
-            lambda x, y: x[0] + 1e-5 * x[1],
-            bx.minimum(ill_conditioned),
-            bx.Newton(bx.Dense()),
-            accuracy=bx.RelativeAccuracy(1e-2),
-        )
-        result = engine(np.zeros(2), bx.cold_start(x))
-        wanted = np.array([1e-6, 1e-5])
-        true = np.linalg.norm(result.gradient - wanted) / np.linalg.norm(wanted)
-        if true > 1e-2:
-            assert result.report.inner.status != Status.CONVERGED
-            assert not result.report.certificate.relative <= 1e-2
-        assert true <= 1e-2 and result.report.inner.status == Status.CONVERGED
+    x = np.array([1.0, 1.0 + offset])
+    engine = bx.value_and_hypergradient(
+        small_outer,
+        bx.minimum(ill_conditioned),
+        bx.Newton(bx.Dense()),
+        accuracy=bx.RelativeAccuracy(1e-2),
+    )
+    result = engine(np.zeros(2), bx.cold_start(x))
+    wanted = np.array([1e-6, 1e-5])
+    true = np.linalg.norm(result.gradient - wanted) / np.linalg.norm(wanted)
+    if true > 1e-2:
+        assert result.report.inner.status != Status.CONVERGED
+        assert not result.report.certificate.relative <= 1e-2
+    assert true <= 1e-2 and result.report.inner.status == Status.CONVERGED
 
 
 # Scalar problems by hand.
@@ -461,13 +493,64 @@ def exponential(x, y):  # x* = log y
     return jnp.exp(x) - y * x
 
 
+SLOW = bx.GradientDescent(1e-9, maxiter=3000)
+
+
 @ACCURACIES
-def test_a_start_where_newton_steps_are_misleading(accuracy):
+@pytest.mark.parametrize("solver", [SLOW, bx.Newton()], ids=["gradient_descent", "newton"])
+def test_a_start_where_newton_steps_are_misleading(accuracy, solver):
     """Far to the right Omega = 1 + exp(-x) hardly changes from step to step; at x* it is 2."""
-    solver = bx.GradientDescent(1e-7, maxiter=3000)
     result = scalar(lambda x, y: jnp.exp(x) + x, accuracy, 20.0, 1.0, exponential, solver)
+    error = abs(float(result.gradient) - 2)
     if result.report.inner.status == Status.CONVERGED:
-        assert abs(result.gradient - 2) <= 2e-2
+        assert error <= (1e-3 if isinstance(accuracy, bx.AbsoluteAccuracy) else 2e-2)
+    if solver is not SLOW:
+        assert result.report.inner.status == Status.CONVERGED
+
+
+def test_a_poisson_regression_from_a_distant_start():
+    random = np.random.default_rng(0)
+    features = random.normal(size=(30, 4))
+    counts = random.poisson(np.exp(features @ np.array([1.0, -0.5, 0.3, 0.2])))
+
+    def likelihood(u, w):
+        return jnp.mean(jnp.exp(features @ u) - counts * (features @ u)) + 1e-3 * jnp.exp(
+            w[0]
+        ) * jnp.sum(u**2)
+
+    def distance(u, w):
+        return jnp.sum((u - 1) ** 2)
+
+    case = Case(
+        "poisson",
+        bx.minimum(likelihood),
+        jax.grad(likelihood),
+        distance,
+        np.zeros(1),
+        bx.Newton(),
+    )
+    truth = case.truth(case.y)[1]
+    for start in (0.0, 3.0, 6.0, 9.0):
+        warm = bx.cold_start(np.full(4, start))
+        result = case.run(bx.AbsoluteAccuracy(1e-6), warm=warm)
+        assert result.report.inner.status == Status.CONVERGED
+        assert abs(result.gradient[0] - truth[0]) <= 1e-6
+
+
+def test_an_early_reference_at_another_root():
+    """From 1.5 Newton's method leaps to -4 pi, where the gradient is another one."""
+    engine = bx.value_and_hypergradient(
+        lambda x, y: x**2 + x,
+        bx.root(lambda x, y: jnp.sin(x) - y + 100 * jnp.exp(-((x - 50) ** 2))),
+        bx.GradientDescent(0.5, maxiter=500),
+        accuracy=bx.RelativeAccuracy(1e-3),
+    )
+    for x in (1.5, 1.2, 0.5):
+        warm = bx.WarmStart(jnp.asarray(x), jnp.asarray(0.0), jnp.asarray(50.0))
+        result = engine(0.0, warm)
+        assert abs(result.gradient - 1) <= 1e-3
+        assert result.report.inner.status == Status.CONVERGED
+        assert result.report.inner.iterations < 100
 
 
 def test_a_cold_start_that_is_not_finite_is_no_scale():
@@ -521,6 +604,24 @@ def test_float32():
     assert status != Status.CONVERGED
 
 
+def scaled_validation(unit, u, w):
+    return unit * validation(u, w)
+
+
+def test_units_change_nothing_in_float32():
+    """Norms of gradients of 1e20 or 1e-20 must neither overflow nor vanish."""
+    y, warm = PENALTY.astype(np.float32), bx.cold_start(np.zeros(4, np.float32))
+    for unit in (1e-20, 1.0, 1e20):
+        g = Partial(scaled_validation, np.float32(unit))
+        engine = bx.value_and_hypergradient(
+            g, LOGISTIC.problem, SOLVER, accuracy=bx.RelativeAccuracy(np.float32(1e-3))
+        )
+        result = engine(y, warm)
+        scaled = result._replace(gradient=np.asarray(result.gradient, np.float64) / unit)
+        assert LOGISTIC.relative_error(scaled) <= 1e-3
+        assert result.report.inner.status == Status.CONVERGED
+
+
 # Wrong arguments.
 
 
@@ -530,7 +631,7 @@ def test_float32():
         (
             TypeError,
             lambda: RIDGE.run(1e-2),
-            "`accuracy` must be a Accuracy, for example `RelativeAccuracy(1e-2)`; got 0.01.",
+            "`accuracy` must be an Accuracy, for example `RelativeAccuracy(1e-2)`; got 0.01.",
         ),
         (TypeError, lambda: RIDGE.run(bx.RelativeAccuracy), "Did you forget the parentheses?"),
         (ValueError, lambda: bx.RelativeAccuracy(-0.1), "`value` must be positive, got -0.1."),

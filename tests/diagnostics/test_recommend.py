@@ -15,6 +15,7 @@ from bilevax.diagnostics import recommend_rule as recommend
 from tests.bad_input.example import assert_fails
 from tests.rules import estimators
 from tests.rules.estimators import FIXED_POINT
+from tests.test_compilation import recorded_compilations
 from tests.test_reference import CASES, DIRECTORY
 
 NAMES = ("Implicit", "JacobiStep", "NewtonStep", "DiagonalChange", "ExpChange")
@@ -301,6 +302,13 @@ def test_an_error_of_zero_is_accurate():
     assert np.all(table.relative_error < 1e-12)
 
 
+def test_other_numbers_compile_nothing():
+    small_table(NEAR, bx.RelativeAccuracy(1e-2))
+    with recorded_compilations() as events:
+        small_table(1.01 * NEAR, bx.RelativeAccuracy(1e-3), maxiter=9)
+    assert events == []
+
+
 # Failures.
 
 
@@ -312,7 +320,9 @@ def test_failed_solves_are_shown_and_not_recommended():
     text = str(table)
     assert text.count("MAXITER") == 5
     assert "a rule that is not CONVERGED is not recommended" in text
-    assert_fails(ValueError, "There is no rule to recommend", lambda: table.rule)
+    message = "no rule is CONVERGED: try another `linear_solver`, or an x nearer to x*"
+    assert text.splitlines()[-1] == message
+    assert_fails(ValueError, f"There is no rule to recommend: {message}", lambda: table.rule)
 
 
 def test_one_failed_solve_leaves_the_others():
@@ -396,7 +406,7 @@ def at_point(x=NEAR, y=Y, accuracy=None, outer=cubic, problem=None, **options):
         ({"problem": small}, "`problem` must be a Problem, for example `minimum(objective)`"),
         ({"x": np.array([1, 2])}, "`x` must be a floating array to be solved for, got dtype int64"),
         ({"y": np.array([1, 2, 3])}, "`y` must have floating entries, got int64[3]."),
-        ({"accuracy": 1e-3}, "`accuracy` must be a Accuracy, for example `RelativeAccuracy(1e-3)`"),
+        ({"accuracy": 1e-3}, "`accuracy` must be an Accuracy, for example `RelativeAccuracy(1e-3)`"),
         ({"accuracy": bx.RelativeAccuracy}, "Did you forget the parentheses?"),
         ({"linear_solver": "cg"}, "`linear_solver` must be a LinearSolver, for example `CG()`"),
         ({"outer": lambda x, y: x}, "`outer` must return a scalar, got float64[3]"),

@@ -28,6 +28,8 @@ PyTree = Any
 _AIM = 0.6
 # Tolerance of the linear solves in a round, over the relative error that is expected of it.
 _LINEAR_SHARE = 0.1
+# The same of the certificate, which must see what is wrong with the adjoint.
+_CERTIFICATE_SHARE = 0.01
 # A round of inner steps costs at least this part of the certificate before it.
 _INNER_SHARE = 0.5
 _RUNNING = np.int32(-1)
@@ -180,6 +182,7 @@ def solve_accurately(
         settings = Settings(rtol ** (1 / rule.order), on_failure)
         guess = near.adjoint
         found = estimate(outer, problem, rule, x, y, settings, guess=guess, has_aux=has_aux)
+        rtol = jnp.maximum(_CERTIFICATE_SHARE * plan.expected, tightest)
         settings = Settings(rtol, OnFailure.RETURN)
         certificate, reference = certify(value, problem, rule, found, y, None, settings, near.x)
         return found, certificate, reference
@@ -203,21 +206,27 @@ def solve_accurately(
         )
         found, certificate, reference = inspect(iterate.x, plan, state.reference)
 
-        allowed = accuracy.allowed(certificate.absolute / certificate.relative)
+        size = trees.norm(trees.floating(trees.difference(found.gradient, certificate.error)))
+        allowed = accuracy.allowed(size)
+        needed = allowed / size
+        # Linear solves that are too loose for this accuracy could not tell.
+        could_tell = plan.expected <= jnp.maximum(needed, tightest)
         error = certificate.absolute * (1 + certificate.contraction)
-        accurate = (error <= allowed) & (certificate.status == Status.CONVERGED)
-        can_run = (status == Status.CONVERGED) & (iterate.residual > smallest)
+        small = (error <= allowed) & (certificate.status == Status.CONVERGED)
+        accurate = small & could_tell
+        can_run = ~small & (status == Status.CONVERGED) & (iterate.residual > smallest)
         # Where the adjoint is to blame, its solves must get tighter.
         blame = certificate.adjoint / (0.3 * allowed)
         share = jnp.where(blame > 1, plan.share / jnp.minimum(2 * blame, 1e3), plan.share)
-        can_tighten = (blame > 1) & (plan.share * plan.expected > tightest)
+        can_tighten = ((blame > 1) | ~could_tell) & (plan.share * plan.expected > tightest)
         going = ~accurate & (can_run | can_tighten) & jnp.isfinite(error)
         factor = jnp.clip(_AIM * allowed / error, 1e-3**rule.order, 0.5)
         products = found.rule.solve.products + certificate.products
+        cost = (_INNER_SHARE * 2 * jnp.maximum(products, 0)).astype(jnp.int32)
         following = _Plan(
             target=jnp.where(can_run, factor ** (1 / rule.order), 1) * iterate.residual,
-            least=iterations + (_INNER_SHARE * 2 * jnp.maximum(products, 0)).astype(jnp.int32),
-            expected=jnp.where(can_run, factor, 1) * jnp.minimum(certificate.relative, 1),
+            least=jnp.where(can_run, iterations + cost, iterations),
+            expected=jnp.where(can_run, jnp.maximum(factor * certificate.relative, needed), needed),
             share=share,
         )
         ended = jnp.where(status == Status.CONVERGED, code(Status.STALLED), status)
@@ -261,5 +270,6 @@ def _accumulate(before: Estimate, now: Estimate) -> Estimate:
         )
 
     rule = now.rule._replace(solve=add(before.rule.solve, now.rule.solve))
-    correction = None if now.correction is None else add(before.correction, now.correction)
-    return now._replace(rule=rule, correction=correction)
+    if before.correction is not None and now.correction is not None:
+        now = now._replace(correction=add(before.correction, now.correction))
+    return now._replace(rule=rule)

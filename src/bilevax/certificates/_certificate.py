@@ -95,9 +95,9 @@ def hypergradient_error(
       y: the outer variable.
       adjoint: v as the rule computed it at x, of a `RuleReport` or a `WarmStart`: a first guess, so
         that a solve is not done twice.
-      linear_solver: for the three solves. None is that of the rule without its tolerances, limit of
-        steps and damping, at the default tolerance of the dtype; and where the rule has none, or a
-        `Neumann` series, `CG()` or `GMRES()` as declared of F_1.
+      linear_solver: for the three solves; None is that of the rule. Its tolerances, limit of steps
+        and damping are set aside, in favour of the default tolerance of the dtype. Where there is
+        none, or it is a `Neumann` series, it is `CG()` or `GMRES()` as declared of F_1.
 
     Returns:
       A `Certificate`.
@@ -119,10 +119,10 @@ def hypergradient_error(
       Element Methods for Differential Equations", 2003; the second-order accuracy of the reference
       is Z. Ye, G. Peyre, D. Cremers, P. Ablin, "Enhancing Hypergradients Estimation", 2024.
     """
-    x, y = checked_point(outer, problem, rule, x, y)
+    function, x, y = checked_point(outer, problem, rule, x, y)
     if linear_solver is not None:
         checks.is_component("linear_solver", linear_solver, LinearSolver, "CG()")
-    return _hypergradient_error(Partial(outer), problem, rule, x, y, adjoint, linear_solver)
+    return _hypergradient_error(function, problem, rule, x, y, adjoint, linear_solver)
 
 
 @jax.jit
@@ -166,8 +166,9 @@ def certify(
     Returns:
       The certificate, and the reference.
     """
-    if linear_solver is None and rule.linear_solver is not None:
-        linear_solver = rule.linear_solver.without_limits()
+    linear_solver = rule.linear_solver if linear_solver is None else linear_solver
+    if linear_solver is not None:
+        linear_solver = linear_solver.without_limits()
     x_ref, contraction, newton_products, newton_status = _refine(
         problem, found.x, near, y, linear_solver, settings
     )

@@ -94,13 +94,13 @@ def efficiency_constant(
       Z. Ye, G. Peyre, D. Cremers, P. Ablin, "Enhancing Hypergradients Estimation: A Study of
       Preconditioning and Reparameterization", 2024.
     """
-    x, y = checked_point(outer, problem, rule, x, y)
+    function, x, y = checked_point(outer, problem, rule, x, y)
     checks.positive("rtol", rtol)
     checks.positive("maxiter", maxiter, whole=True)
     if direction is not None:
         direction = trees.as_arrays(direction)
         checks.same_structure("direction", direction, x, argument=True)
-    return _efficiency_constant(Partial(outer), problem, rule, x, y, direction, rtol, maxiter)
+    return _efficiency_constant(function, problem, rule, x, y, direction, rtol, maxiter)
 
 
 class _State(NamedTuple):

@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from bilevax import _checks as checks
 from bilevax import _loop as loop
 from bilevax import _trees as trees
+from bilevax._closures import as_partial
 from bilevax._problems import Problem
 from bilevax._solution_map import SolutionMap
 from bilevax._status import Status, code
@@ -162,13 +163,12 @@ def check_hypergradient(
     Source:
       C. J. F. Ridders, "Accurate computation of F'(x) and F'(x)F''(x)", 1982.
     """
-    checks.is_callable("outer", outer)
+    g = as_partial("outer", outer)
     checks.is_component("solve", solve, SolutionMap, "solution_map(problem, Newton())")
     checks.inner_variable(x0, "x0")
     checks.outer_variable(y)
     checks.positive("directions", directions, whole=True)
     checks.not_negative("seed", seed, whole=True)
-    g = outer if isinstance(outer, Partial) else Partial(outer)
     x0, y = trees.as_arrays(x0), trees.as_arrays(y)
     shape = _call.eval_shape(g, x0, y)
     checks.scalar_output("outer", shape)

@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
+from bilevax._closures import as_partial
 from bilevax._problems import Problem
 
 PyTree = Any
@@ -118,5 +119,4 @@ def as_diagonal(value: Any) -> Any:
         return ExactDiagonal()
     if isinstance(value, Diagonal) or type(value) is object:
         return value
-    checks.is_callable("diagonal", value)
-    return UserDiagonal(value if isinstance(value, Partial) else Partial(value))
+    return UserDiagonal(as_partial("diagonal", value))
