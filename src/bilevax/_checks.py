@@ -33,7 +33,8 @@ def is_component(name: str, value: Any, expected: type, example: str) -> None:
         hint = " Did you forget the parentheses?" if isinstance(value, type) else ""
         article = "an" if expected.__name__[0] in "AEIOU" else "a"
         raise TypeError(
-            f"`{name}` must be {article} {expected.__name__}, for example `{example}`; got {value!r}.{hint}"
+            f"`{name}` must be {article} {expected.__name__}, for example `{example}`; "
+            f"got {value!r}.{hint}"
         )
 
 

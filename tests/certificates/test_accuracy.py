@@ -438,8 +438,23 @@ def scalar(g, accuracy, x0, y, objective=quadratic, solver=bx.GradientDescent(0.
     return engine(y, bx.cold_start(x0))
 
 
+# Functions have names so that they are compiled once.
+
+
 def square(x, y):
     return x**2
+
+
+def square_of_y(x, y):
+    return y**2
+
+
+def exponential_outer(x, y):  # with x* = log y, h = y and Omega = 1
+    return jnp.exp(x)
+
+
+def misleading_outer(x, y):  # with x* = log y, Omega = 1 + exp(-x)
+    return jnp.exp(x) + x
 
 
 ACCURACIES = pytest.mark.parametrize(
@@ -463,7 +478,7 @@ def test_starts_at_zero_and_at_the_solution(accuracy):
 @pytest.mark.parametrize("x0", [0.0, 0.2, 0.5])
 def test_an_outer_objective_that_ignores_x(accuracy, x0):
     """Then Omega is g_2, which is exact at any x."""
-    result = scalar(lambda x, y: y**2, accuracy, x0, 2.0)
+    result = scalar(square_of_y, accuracy, x0, 2.0)
     assert result.gradient == 4.0
     assert result.report.inner.status == Status.CONVERGED
     assert result.report.certificate.absolute == 0
@@ -500,7 +515,7 @@ SLOW = bx.GradientDescent(1e-9, maxiter=3000)
 @pytest.mark.parametrize("solver", [SLOW, bx.Newton()], ids=["gradient_descent", "newton"])
 def test_a_start_where_newton_steps_are_misleading(accuracy, solver):
     """Far to the right Omega = 1 + exp(-x) hardly changes from step to step; at x* it is 2."""
-    result = scalar(lambda x, y: jnp.exp(x) + x, accuracy, 20.0, 1.0, exponential, solver)
+    result = scalar(misleading_outer, accuracy, 20.0, 1.0, exponential, solver)
     error = abs(float(result.gradient) - 2)
     if result.report.inner.status == Status.CONVERGED:
         assert error <= (1e-3 if isinstance(accuracy, bx.AbsoluteAccuracy) else 2e-2)
@@ -569,10 +584,8 @@ def test_a_cold_start_that_is_not_finite_is_no_scale():
 def test_other_solvers():
     for solver in (bx.Newton(), bx.GradientDescent(bx.Backtracking())):
         for epsilon in (1e-2, 1e-8):
-            result = scalar(
-                lambda x, y: jnp.exp(x), bx.RelativeAccuracy(epsilon), 0.0, 2.0, exponential, solver
-            )
-            # With x* = log y, h = y.
+            accuracy = bx.RelativeAccuracy(epsilon)
+            result = scalar(exponential_outer, accuracy, 0.0, 2.0, exponential, solver)
             assert abs(result.gradient - 1) <= epsilon
             assert result.report.inner.status == Status.CONVERGED
 
