@@ -9,7 +9,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # pyright would ask the network whether a newer version exists.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: test demo bench study lint constraints clean
+.PHONY: test demo bench certificates study lint constraints clean
 .NOTPARALLEL: # two installs must not write to .venv at once
 
 # All tests but the slow ones. For every test: make test ARGS='-m ""'
@@ -23,6 +23,9 @@ bench: $(VENV)/dev.stamp
 	$(PY) benchmarks/overhead.py $(ARGS)
 
 # The error of hypergradients at inexact inner solutions, against theory: a table and figures.
+certificates: $(VENV)/dev.stamp
+	$(PY) benchmarks/certificates.py $(ARGS)
+
 study: $(VENV)/dev.stamp
 	$(PY) benchmarks/efficiency.py $(ARGS)
 

@@ -1,7 +1,7 @@
 """Two hundred random bilevel problems: five families, five sizes, eight problems of each.
 
-Every family is one function of (x, y, data), so that the eight problems of a size are one batch. The
-Jacobian F_1 has condition numbers of about 1 to 1e6.
+Every family is one function of (data, x, y), so that the eight problems of a size are one batch.
+The Jacobian F_1 has condition numbers of about 1 to 1e6.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ class Family(NamedTuple):
     Attributes:
       function: objective, residual or map, of (data, x, y).
       pose: makes a problem of it.
-      draw: (random generator, size, conditioning) -> data, y and the shape of x.
+      draw: (random generator, size, conditioning) -> data and y; x has as many entries as y.
     """
 
     function: Callable[[PyTree, jax.Array, jax.Array], jax.Array]
@@ -109,8 +109,7 @@ def multinomial(data: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def draw_multinomial(rng: np.random.Generator, size: int, conditioning: float) -> Any:
-    count = 5 if size % 5 == 0 and size > 5 else 3
-    count = 5 if size == 5 else count
+    count = 5 if size % 5 == 0 else 3
     width = size // count
     rows = 2 * features(rng, max(width, 2), conditioning)[:, :width]
     scores = rows @ rng.normal(size=(width, count)) + rng.gumbel(size=(len(rows), count))
