@@ -103,8 +103,12 @@ def test_a_class_is_abstract_or_final(cls):
 
 
 def concrete_components():
-    found = [cls for base in COMPONENTS for cls in base.__subclasses__()]
-    return [cls for cls in found if cls.__module__.startswith("bilevax")]
+    def descendants(cls):
+        for sub in cls.__subclasses__():
+            yield from (sub, *descendants(sub))
+
+    found = [cls for base in COMPONENTS for cls in descendants(base)]
+    return [c for c in found if c.__module__.startswith("bilevax") and not inspect.isabstract(c)]
 
 
 @pytest.mark.parametrize("cls", concrete_components(), ids=lambda cls: cls.__name__)

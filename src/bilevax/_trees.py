@@ -91,6 +91,13 @@ def norm(a: PyTree) -> jax.Array:
     return jnp.sqrt(inner(a, a))
 
 
+def scaled_norm(a: PyTree) -> jax.Array:
+    """Return the Euclidean norm, of numbers whose squares may be out of range too."""
+    size = max_abs(a)
+    unit = jnp.where(jnp.isfinite(size) & (size > 0), size, 1)
+    return unit * norm(jax.tree.map(lambda u: u / unit.astype(u.dtype), a))
+
+
 def max_abs(a: PyTree) -> jax.Array:
     """Return the largest absolute entry (0 for an empty tree; NaN if an entry is NaN)."""
     result = jnp.zeros((), dtype(a))

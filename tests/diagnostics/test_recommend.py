@@ -406,7 +406,7 @@ def at_point(x=NEAR, y=Y, accuracy=None, outer=cubic, problem=None, **options):
         ({"problem": small}, "`problem` must be a Problem, for example `minimum(objective)`"),
         ({"x": np.array([1, 2])}, "`x` must be a floating array to be solved for, got dtype int64"),
         ({"y": np.array([1, 2, 3])}, "`y` must have floating entries, got int64[3]."),
-        ({"accuracy": 1e-3}, "`accuracy` must be an Accuracy, for example `RelativeAccuracy(1e-3)`"),
+        ({"accuracy": 1e-3}, "`accuracy` must be an Accuracy, for example"),
         ({"accuracy": bx.RelativeAccuracy}, "Did you forget the parentheses?"),
         ({"linear_solver": "cg"}, "`linear_solver` must be a LinearSolver, for example `CG()`"),
         ({"outer": lambda x, y: x}, "`outer` must return a scalar, got float64[3]"),

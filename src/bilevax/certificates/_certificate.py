@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax.tree
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
@@ -12,7 +13,7 @@ from bilevax import _trees as trees
 from bilevax._estimator import Estimate, checked_point, estimate, evaluate
 from bilevax._problems import Problem
 from bilevax._status import Status, code, is_unsolved
-from bilevax.linear import LinearSolver, linear_solve
+from bilevax.linear import CG, LinearSolver, linear_solve
 from bilevax.rules import Implicit, Rule, Settings, resolve_linear_solver
 
 PyTree = Any
@@ -20,6 +21,8 @@ PyTree = Any
 # A reference point is good enough when ||F|| there is this much smaller than at x.
 _CONTRACTION = 0.05
 _MAX_NEWTON_STEPS = 3
+# Above this contraction, Newton's method is not where it converges fast.
+_LARGEST_CONTRACTION = 0.3
 
 
 class Certificate(NamedTuple):
@@ -33,12 +36,13 @@ class Certificate(NamedTuple):
         derivative along d is.
       inner: the norm of the part of `error` that the inexact x causes.
       adjoint: the norm of the part of `error` that the inexact adjoint v causes.
-      contraction: ||F|| at the reference point over ||F|| at x. The estimate can be trusted where
-        it is well below 1; it is wrong by about that factor, relatively.
+      contraction: how far the reference may be from x*, relatively: the larger of ||F|| there over
+        ||F|| at x, and of what the next Newton step would do to g over what the last one did. The
+        estimate can be trusted where it is well below 1, and is wrong by about that factor.
       products: with F_1 or F_1^T, spent on the certificate, int32; -1 where a linear solver does
         not count them.
-      status: CONVERGED; STALLED where Newton's method does not halve ||F||, and the estimate is a
-        guess only; otherwise the worst status of the linear solves.
+      status: CONVERGED; STALLED where `contraction` is above 0.3, and the estimate is a guess only;
+        otherwise the worst status of the linear solves.
     """
 
     absolute: jax.Array
@@ -93,8 +97,8 @@ def hypergradient_error(
       rule: whose hypergradient is judged.
       x: the inexact inner solution, before any correction, a pytree of floating arrays.
       y: the outer variable.
-      adjoint: v as the rule computed it at x, of a `RuleReport` or a `WarmStart`: a first guess, so
-        that a solve is not done twice.
+      adjoint: v as the rule computed it at x, from its `RuleReport` or from a `WarmStart`, so that
+        a solve is not done twice. It is judged as it is; one that is worse than zero is NaN.
       linear_solver: for the three solves; None is that of the rule. Its tolerances, limit of steps
         and damping are set aside, in favour of the default tolerance of the dtype. Where there is
         none, or it is a `Neumann` series, it is `CG()` or `GMRES()` as declared of F_1.
@@ -137,7 +141,9 @@ def _hypergradient_error(
 ) -> Certificate:
     problem.check(x, y)
     rule.check(problem, x, y)
-    found = estimate(outer, problem, rule, x, y, Settings(), guess=adjoint)
+    # An adjoint that is given is the one to judge: no step is taken from it.
+    judged = rule if adjoint is None else rule.with_linear_solver(CG(maxiter=0))
+    found = estimate(outer, problem, judged, x, y, Settings(), guess=adjoint)
     return certify(outer, problem, rule, found, y, linear_solver, Settings(), found.x)[0]
 
 
@@ -169,9 +175,7 @@ def certify(
     linear_solver = rule.linear_solver if linear_solver is None else linear_solver
     if linear_solver is not None:
         linear_solver = linear_solver.without_limits()
-    x_ref, contraction, newton_products, newton_status = _refine(
-        problem, found.x, near, y, linear_solver, settings
-    )
+    newton = _refine(problem, found.x, near, y, linear_solver, settings)
     exact = evaluate(
         outer,
         problem,
@@ -182,34 +186,55 @@ def certify(
         guess=found.rule.adjoint,
     )
     reference = evaluate(
-        outer, problem, Implicit(linear_solver), x_ref, y, settings, guess=exact.rule.adjoint
+        outer, problem, Implicit(linear_solver), newton.x, y, settings, guess=exact.rule.adjoint
     )
     error = trees.difference(found.gradient, reference.gradient)
-    absolute = trees.norm(trees.floating(error))
-    size = trees.norm(trees.floating(reference.gradient))
-    solves = (exact.rule.solve, reference.rule.solve)
-    counts = [newton_products, *(solve.products for solve in solves)]
-    counted = jnp.all(jnp.stack(counts) >= 0)
-    status = newton_status
-    for solve in solves:
-        status = jnp.maximum(status, jnp.where(is_unsolved(solve.status), solve.status, 0))
-    status = jnp.where(jnp.isfinite(absolute), status, code(Status.NONFINITE))
+    absolute = trees.scaled_norm(trees.floating(error))
+    size = trees.scaled_norm(trees.floating(reference.gradient))
+    unsolved = [newton.status]
+    counts = [newton.products]
+    for solve in (exact.rule.solve, reference.rule.solve):
+        unsolved.append(jnp.where(is_unsolved(solve.status), solve.status, 0))
+        counts.append(solve.products)
+
+    # ||F|| alone says little about x* where F is far from linear or F_1 ill-conditioned. With the
+    # adjoint v of the reference, <v, F> = <g_1, F_1^{-1} F> is what a step from there does to g.
+    norm, noise = trees.norm(problem.optimality(found.x, y)), _rounding(problem, found.x, y)
+    left = trees.norm(newton.optimality) / jnp.where(norm > 0, norm, 1)
+    v = reference.rule.adjoint
+    coming = jnp.abs(trees.inner(v, newton.optimality))
+    last = optax.tree.sub(newton.previous, newton.x)
+    gone = jnp.abs(trees.inner(jax.grad(outer)(newton.x, y), last))
+    is_noise = coming <= noise * trees.norm(v)
+    contraction = jnp.maximum(left, jnp.where(is_noise, 0, coming / gone))
+    stalled = (contraction > _LARGEST_CONTRACTION) & (norm > noise)
+    status = jnp.where(stalled, code(Status.STALLED), code(Status.CONVERGED))
+    status = jnp.max(jnp.stack([status, *unsolved]))
+    finite = jnp.isfinite(absolute + contraction)
     certificate = Certificate(
-        absolute=absolute,
-        relative=absolute / size,
+        absolute=jnp.where(finite, absolute, jnp.nan),
+        relative=jnp.where(finite, absolute / size, jnp.nan),
         error=error,
-        inner=trees.norm(trees.floating(trees.difference(exact.gradient, reference.gradient))),
-        adjoint=trees.norm(trees.floating(trees.difference(found.gradient, exact.gradient))),
+        inner=trees.scaled_norm(
+            trees.floating(trees.difference(exact.gradient, reference.gradient))
+        ),
+        adjoint=trees.scaled_norm(trees.floating(trees.difference(found.gradient, exact.gradient))),
         contraction=contraction,
-        products=jnp.where(counted, sum(counts), -1),
-        status=status,
+        products=jnp.where(jnp.all(jnp.stack(counts) >= 0), sum(counts), -1),
+        status=jnp.where(finite, status, code(Status.NONFINITE)),
     )
-    return certificate, Reference(x_ref, reference.rule.adjoint)
+    return certificate, Reference(newton.x, reference.rule.adjoint)
+
+
+def _rounding(problem: Problem, x: PyTree, y: PyTree) -> jax.Array:
+    """Return what rounding leaves of ||F|| at a solution near x: no step can improve on that."""
+    return 10 * trees.epsilon(x) * problem.terms_norm(x, y)
 
 
 class _Newton(NamedTuple):
     x: PyTree
-    norm: jax.Array
+    optimality: PyTree  # F there
+    previous: PyTree  # x before the last step
     steps: jax.Array
     products: jax.Array
     status: jax.Array
@@ -222,49 +247,38 @@ def _refine(
     y: PyTree,
     linear_solver: LinearSolver | None,
     settings: Settings,
-) -> tuple[PyTree, jax.Array, jax.Array, jax.Array]:
-    """Take Newton steps from `near` until ||F|| is far below that at x.
-
-    Returns:
-      The point, ||F|| there over ||F|| at x, products with F_1 and a status.
-    """
+) -> _Newton:
+    """Take Newton steps, from the better of x and `near`, until ||F|| is far below that at x."""
     solver = resolve_linear_solver(linear_solver, problem, settings)
-    norm = trees.norm(problem.optimality(x, y))
-    # What rounding leaves of F: below that no step can improve x, and none needs to.
-    noise = 10 * trees.epsilon(x) * problem.terms_norm(x, y)
+    optimality, near_optimality = problem.optimality(x, y), problem.optimality(near, y)
+    norm = trees.norm(optimality)
+    is_nearer = trees.norm(near_optimality) < norm
+
+    def is_far(state: _Newton) -> jax.Array:
+        far = trees.norm(state.optimality) > _CONTRACTION * norm
+        return far & (state.steps < _MAX_NEWTON_STEPS)
 
     def step(state: _Newton) -> _Newton:
-        optimality, jacobian = problem.linearize(state.x, y)
-        direction, report = linear_solve(jacobian, optimality, solver)
+        _, jacobian = problem.linearize(state.x, y)
+        direction, report = linear_solve(jacobian, state.optimality, solver)
         following = trees.add_scaled(state.x, -1, direction)
+        counted = (report.products >= 0) & (state.products >= 0)
         return _Newton(
             following,
-            trees.norm(problem.optimality(following, y)),
+            problem.optimality(following, y),
+            state.x,
             state.steps + 1,
-            jnp.where(
-                (report.products >= 0) & (state.products >= 0),
-                state.products + report.products,
-                -1,
-            ),
+            jnp.where(counted, state.products + report.products, -1),
             jnp.maximum(state.status, jnp.where(is_unsolved(report.status), report.status, 0)),
         )
 
-    nothing = jnp.zeros((), jnp.int32)
-    near_norm = trees.norm(problem.optimality(near, y))
-    is_nearer = near_norm < norm
+    none = jnp.zeros((), jnp.int32)
     start = _Newton(
         trees.where(is_nearer, near, x),
-        jnp.where(is_nearer, near_norm, norm),
-        nothing,
-        nothing,
+        trees.where(is_nearer, near_optimality, optimality),
+        x,
+        none,
+        none,
         code(Status.CONVERGED),
     )
-    end = jax.lax.while_loop(
-        lambda state: (state.norm > _CONTRACTION * norm) & (state.steps < _MAX_NEWTON_STEPS),
-        step,
-        start,
-    )
-    contraction = end.norm / jnp.where(norm > 0, norm, 1)
-    stalled = (contraction > 0.5) & (norm > noise)
-    status = jnp.where(stalled, code(Status.STALLED), code(Status.CONVERGED))
-    return end.x, contraction, end.products, jnp.maximum(status, end.status)
+    return jax.lax.while_loop(is_far, step, start)

@@ -159,6 +159,34 @@ class Rule(abc.ABC):
         """Return the tangent of x that belongs to a tangent of (problem, y)."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Wrapper(Rule):
+    """Base class of rules that modify another one; what they leave alone is that of the other."""
+
+    rule: Rule
+
+    def __post_init__(self) -> None:
+        checks.is_component("rule", self.rule, Rule, "Implicit()")
+
+    @property
+    def mode(self) -> str:  # type: ignore[override]
+        """The mode of the rule inside."""
+        return self.rule.mode
+
+    @property
+    def linear_solver(self) -> LinearSolver | None:  # type: ignore[override]
+        """The solver of the adjoint system in the rule inside."""
+        return self.rule.linear_solver
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        """The order of the rule inside."""
+        return self.rule.order
+
+    def with_linear_solver(self, linear_solver: LinearSolver | None) -> "Wrapper":
+        return dataclasses.replace(self, rule=self.rule.with_linear_solver(linear_solver))
+
+
 def _checked(rule: Rule, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
     checks.is_component("problem", problem, Problem, "minimum(objective)")
     checks.outer_variable(y)

@@ -10,8 +10,8 @@ from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
-from bilevax.linear import LinearSolver, default_rtol
-from bilevax.rules._base import Rule, Settings
+from bilevax.linear import default_rtol
+from bilevax.rules._base import Settings, Wrapper
 from bilevax.rules._steps import CustomStep, Step
 
 PyTree = Any
@@ -19,7 +19,7 @@ PyTree = Any
 
 @trees.register
 @dataclasses.dataclass(frozen=True)
-class Preconditioned(Rule):
+class Preconditioned(Wrapper):
     """A rule evaluated at the corrected point x - P(x, y)^{-1} F(x, y).
 
     The first-order error factor of the rule is multiplied by I - P^{-1} F_1. With `NewtonStep()` it
@@ -52,24 +52,13 @@ class Preconditioned(Rule):
       Preconditioning and Reparameterization", 2024.
     """
 
-    rule: Rule
     step: Step | Callable[[PyTree, PyTree, PyTree], PyTree]
 
     def __post_init__(self) -> None:
-        checks.is_component("rule", self.rule, Rule, "Implicit()")
+        super().__post_init__()
         if callable(self.step) and not isinstance(self.step, type):
             object.__setattr__(self, "step", CustomStep(self.step))
         checks.is_component("step", self.step, Step, "NewtonStep()")
-
-    @property
-    def mode(self) -> str:  # type: ignore[override]
-        """The mode of the rule inside."""
-        return self.rule.mode
-
-    @property
-    def linear_solver(self) -> LinearSolver | None:  # type: ignore[override]
-        """The solver of the adjoint system in the rule inside."""
-        return self.rule.linear_solver
 
     @property
     def order(self) -> int:  # type: ignore[override]
@@ -81,9 +70,6 @@ class Preconditioned(Rule):
 
     def check_values(self, x: PyTree, y: PyTree) -> None:
         self.rule.check_values(x, y)
-
-    def with_linear_solver(self, linear_solver: LinearSolver | None) -> "Preconditioned":
-        return dataclasses.replace(self, rule=self.rule.with_linear_solver(linear_solver))
 
     def correct(
         self, problem: Problem, x: PyTree, y: PyTree, settings: Settings

@@ -12,8 +12,7 @@ from bilevax._failure import guard
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
 from bilevax._status import Status, code
-from bilevax.linear import LinearSolver
-from bilevax.rules._base import Rule, Settings
+from bilevax.rules._base import Settings, Wrapper
 from bilevax.rules._changes import Change, allowed_mismatch
 
 PyTree = Any
@@ -21,7 +20,7 @@ PyTree = Any
 
 @trees.register
 @dataclasses.dataclass(frozen=True)
-class Reparameterized(Rule):
+class Reparameterized(Wrapper):
     """A rule applied in the variable z of a change x = phi(z, y).
 
         dx*/dy = phi_1 dz/dy + phi_2,   dz/dy = -G_1^{-1} G_2   (for `Implicit`)
@@ -55,27 +54,11 @@ class Reparameterized(Rule):
       Preconditioning and Reparameterization", 2024.
     """
 
-    rule: Rule
     change: Change
 
     def __post_init__(self) -> None:
-        checks.is_component("rule", self.rule, Rule, "Implicit()")
+        super().__post_init__()
         checks.is_component("change", self.change, Change, "ExpChange()")
-
-    @property
-    def mode(self) -> str:  # type: ignore[override]
-        """The mode of the rule inside."""
-        return self.rule.mode
-
-    @property
-    def linear_solver(self) -> LinearSolver | None:  # type: ignore[override]
-        """The solver of the adjoint system in the rule inside."""
-        return self.rule.linear_solver
-
-    @property
-    def order(self) -> int:  # type: ignore[override]
-        """The order of the rule inside."""
-        return self.rule.order
 
     def check(self, problem: Problem, x: PyTree, y: PyTree) -> None:
         self.change.check(problem, x, y)
@@ -88,9 +71,6 @@ class Reparameterized(Rule):
 
     def check_values(self, x: PyTree, y: PyTree) -> None:
         self.change.check_values(x, y)
-
-    def with_linear_solver(self, linear_solver: LinearSolver | None) -> "Reparameterized":
-        return dataclasses.replace(self, rule=self.rule.with_linear_solver(linear_solver))
 
     def correct(
         self, problem: Problem, x: PyTree, y: PyTree, settings: Settings
