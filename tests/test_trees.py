@@ -115,3 +115,28 @@ def test_structures_of_classes_with_equal_fields_differ():
     assert jax.tree.structure(First(1.0)) != jax.tree.structure(Second(1.0))
     which = jax.jit(lambda node: float(isinstance(node, First)) * jnp.ones(()))
     assert (which(First(1.0)), which(Second(1.0))) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
+def test_a_norm_whose_squares_are_out_of_range(unit):
+    tree = jax.tree.map(lambda leaf: jnp.asarray(leaf * unit, jnp.float32), A)
+    expected = np.linalg.norm(flat(A)) * unit
+    np.testing.assert_allclose(trees.scaled_norm(tree), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_norm_of_what_is_not_finite(value):
+    assert not np.isfinite(trees.scaled_norm({"a": jnp.array([1.0, value])}))
+
+
+def test_the_norm_of_nothing_and_of_zero():
+    assert trees.scaled_norm({}) == trees.scaled_norm(jnp.zeros(3)) == 0
+
+
+def test_cotangents_of_integers_stay_as_they_are():
+    nothing = np.zeros(2, jax.dtypes.float0)
+    a, b = {"u": jnp.array([3.0]), "k": nothing}, {"u": jnp.array([1.0]), "k": nothing}
+    difference = trees.difference(a, b)
+    assert difference["u"] == 2 and difference["k"] is nothing
+    (leaf,) = trees.floating(a)
+    assert leaf is a["u"]

@@ -197,20 +197,9 @@ def certify(
         unsolved.append(jnp.where(is_unsolved(solve.status), solve.status, 0))
         counts.append(solve.products)
 
-    # ||F|| alone says little about x* where F is far from linear or F_1 ill-conditioned. With the
-    # adjoint v of the reference, <v, F> = <g_1, F_1^{-1} F> is what a step from there does to g.
-    norm, noise = trees.norm(problem.optimality(found.x, y)), _rounding(problem, found.x, y)
-    left = trees.norm(newton.optimality) / jnp.where(norm > 0, norm, 1)
-    v = reference.rule.adjoint
-    coming = jnp.abs(trees.inner(v, newton.optimality))
-    last = optax.tree.sub(newton.previous, newton.x)
-    gone = jnp.abs(trees.inner(jax.grad(outer)(newton.x, y), last))
-    is_noise = coming <= noise * trees.norm(v)
-    contraction = jnp.maximum(left, jnp.where(is_noise, 0, coming / gone))
-    stalled = (contraction > _LARGEST_CONTRACTION) & (norm > noise)
-    status = jnp.where(stalled, code(Status.STALLED), code(Status.CONVERGED))
+    contraction, status = _judge(outer, problem, found.x, y, newton, reference.rule.adjoint)
     status = jnp.max(jnp.stack([status, *unsolved]))
-    finite = jnp.isfinite(absolute + contraction)
+    finite = jnp.isfinite(absolute) & ~jnp.isnan(contraction)
     certificate = Certificate(
         absolute=jnp.where(finite, absolute, jnp.nan),
         relative=jnp.where(finite, absolute / size, jnp.nan),
@@ -224,11 +213,6 @@ def certify(
         status=jnp.where(finite, status, code(Status.NONFINITE)),
     )
     return certificate, Reference(newton.x, reference.rule.adjoint)
-
-
-def _rounding(problem: Problem, x: PyTree, y: PyTree) -> jax.Array:
-    """Return what rounding leaves of ||F|| at a solution near x: no step can improve on that."""
-    return 10 * trees.epsilon(x) * problem.terms_norm(x, y)
 
 
 class _Newton(NamedTuple):
@@ -282,3 +266,22 @@ def _refine(
         code(Status.CONVERGED),
     )
     return jax.lax.while_loop(is_far, step, start)
+
+
+def _judge(
+    outer: Callable[..., Any], problem: Problem, x: PyTree, y: PyTree, newton: _Newton, v: PyTree
+) -> tuple[jax.Array, jax.Array]:
+    """Return the contraction of a reference, where the adjoint is v, and a status."""
+    norm = trees.norm(problem.optimality(x, y))
+    left = trees.norm(newton.optimality) / jnp.where(norm > 0, norm, 1)
+    # ||F|| alone says little about x* where F is far from linear or F_1 ill-conditioned. With the
+    # adjoint v of the reference, <v, F> = <g_1, F_1^{-1} F> is what a step from there does to g.
+    coming = jnp.abs(trees.inner(v, newton.optimality))
+    last = optax.tree.sub(newton.previous, newton.x)
+    gone = jnp.abs(trees.inner(jax.grad(outer)(newton.x, y), last))
+    # What rounding leaves of F at a solution near x: no step can improve on that.
+    noise = 10 * trees.epsilon(x) * problem.terms_norm(x, y)
+    is_noise = coming <= noise * trees.norm(v)
+    contraction = jnp.maximum(left, jnp.where(is_noise, 0, coming / gone))
+    stalled = (contraction > _LARGEST_CONTRACTION) & (norm > noise)
+    return contraction, jnp.where(stalled, code(Status.STALLED), code(Status.CONVERGED))
