@@ -51,6 +51,8 @@ def checked_point(
     checks.inner_variable(x)
     checks.outer_variable(y)
     x, y = trees.as_arrays(x), trees.as_arrays(y)
+    if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(y)):
+        raise TypeError(f"`y` must have floating entries, got {checks.describe(y)}.")
     rule.check_values(x, y)
     return function, x, y
 

@@ -50,7 +50,8 @@ class HypergradientReport(NamedTuple):
       inner: the `SolveReport` of the inner solve, with the correction of a `Preconditioned` rule.
       adjoint: the `LinearReport` of the adjoint solve.
       identity_entries: see `RuleReport`.
-      certificate: with `accuracy=`, the `Certificate` of the hypergradient; else None.
+      certificate: with `accuracy=`, the `Certificate` of this very gradient, at the point and with
+        the adjoint behind it; else None.
 
     With `accuracy=` the inner solver stops by the certificate, so `inner.status` tells whether the
     accuracy was reached: CONVERGED; MAXITER; STALLED where this precision allows no more. Costs are
@@ -163,7 +164,8 @@ def value_and_hypergradient(
 
     The gradient is Omega(x, y) = g_2 + (dx*/dy)^T g_1 at the point x of the rule. Unlike `jax.grad`
     through a `solution_map`, the engine starts both solves from the last ones and reports on both.
-    It is pure and compiled once per shape; `jit`, `vmap` and `scan` go through it.
+    It is pure and compiled once per shape; `jit`, `vmap` and `scan` go through it, reverse mode does
+    not: derivatives of the gradient are those of a `solution_map`.
 
     Args:
       outer: g, a function of (x, y) that returns a real scalar; with `has_aux=True` a pair of it

@@ -26,9 +26,13 @@ PyTree = Any
 
 # The error that a round aims at, over the one allowed.
 _AIM = 0.6
-# Tolerance of the linear solves in a round, over the relative error that is expected of it. A
-# residual can hide an error of the hypergradient that is many times as large, relatively.
-_LINEAR_SHARE = 0.01
+# Tolerance of the rule's linear solves, at first, over the relative error that is expected of a
+# round. A residual can hide an error of the hypergradient that is many times as large, relatively.
+_LINEAR_SHARE = 0.1
+# Tolerance of the certificate's solves over that of the rule's: it must see what they leave.
+_CERTIFICATE_SHARE = 0.1
+# The part of the error allowed that the adjoint may take.
+_ADJOINT_SHARE = 0.3
 # A round of inner steps costs at least this part of the certificate before it.
 _INNER_SHARE = 0.5
 _RUNNING = np.int32(-1)
@@ -53,9 +57,10 @@ class RelativeAccuracy(Accuracy):
     Near a stationary point of h, where dh/dy vanishes, that cannot be met: see `AbsoluteAccuracy`.
     Nor can a value below eps^(3/4) of the dtype (1.8e-12 in float64, 6.4e-6 in float32).
 
-    Linear solves without a tolerance of their own are made to a relative residual of a hundredth
-    of the value. Where F_1 is so ill-conditioned that such a residual can hide an error, give the
-    rule a tolerance, as in `Implicit(CG(rtol=1e-10))`: it holds in all solves of the adjoint.
+    Linear solves without a tolerance of their own are made to a residual that follows the value,
+    and to a tenth of it in the certificate, which so sees the error of the adjoint. Where F_1 is
+    so ill-conditioned that this tells too little, give the rule a tolerance, as in
+    `Implicit(CG(rtol=1e-10))`: it holds in all its solves.
 
     Args:
       value: a number above 0, without unit.
@@ -125,6 +130,7 @@ class _Plan(NamedTuple):
     target: jax.Array  # of ||F(x, y)||
     least: jax.Array  # iterations in all, before that
     expected: jax.Array  # relative error of the hypergradient
+    share: jax.Array  # tolerance of the rule's linear solves, over that error
 
 
 class _Round(NamedTuple):
@@ -182,10 +188,11 @@ def solve_accurately(
     tightest = default_rtol(start.x)
 
     def inspect(x: PyTree, plan: _Plan, near: Reference) -> Any:
-        rtol = jnp.maximum(_LINEAR_SHARE * plan.expected, tightest)
-        settings = Settings(rtol ** (1 / rule.order), on_failure)
+        rtol = plan.share * plan.expected
+        settings = Settings(jnp.maximum(rtol, tightest) ** (1 / rule.order), on_failure)
         guess = near.adjoint
         found = estimate(outer, problem, rule, x, y, settings, guess=guess, has_aux=has_aux)
+        rtol = jnp.maximum(_CERTIFICATE_SHARE * rtol, tightest)
         settings = Settings(rtol, OnFailure.RETURN)
         certificate, reference = certify(value, problem, rule, found, y, None, settings, near.x)
         return found, certificate, reference
@@ -216,20 +223,29 @@ def solve_accurately(
         needed = allowed / size
         error = certificate.absolute * (1 + certificate.contraction)
         small = (error <= allowed) & (certificate.status == Status.CONVERGED)
-        small = small & ~(
-            needed < tightest
-        )  # which linear solves in this precision cannot vouch for
-        can_run = ~small & (status == Status.CONVERGED) & (iterate.residual > smallest)
-        # Linear solves that are too loose for this accuracy cannot tell: they must be done again.
-        is_loose = (plan.expected > 1.5 * needed) & (_LINEAR_SHARE * plan.expected > tightest)
-        going = (can_run | (small & is_loose)) & jnp.isfinite(error)
+        # Linear solves in this precision cannot vouch for less.
+        small = small & ~(needed < tightest)
+        # Linear solves that are too loose for this accuracy cannot tell, and must be done again.
+        is_loose = plan.expected > 1.5 * needed
+
+        # What is to blame: x, so that the solver must run on, if it can; or the linear solves.
+        blames_x = certificate.inner * (1 + certificate.contraction) > allowed
+        blames_x = blames_x | (certificate.status != Status.CONVERGED)
+        runs = blames_x & (status == Status.CONVERGED) & (iterate.residual > smallest)
+        blame = certificate.adjoint / (_ADJOINT_SHARE * allowed)
+        factor = jnp.where(blame > 1, jnp.clip(2 * blame, 2, 1e3), 1)
+        share = plan.share / jnp.where(small, 1, jnp.where(runs | (blame > 1), factor, 1e3))
+        can_tighten = _CERTIFICATE_SHARE * plan.share * plan.expected > tightest
+        going = runs | ((~small | is_loose) & can_tighten)
+        going = going & ~is_failure(status) & jnp.isfinite(error)
         factor = jnp.clip(_AIM * allowed / error, 1e-3**rule.order, 0.5)
         products = found.rule.solve.products + certificate.products
         cost = (_INNER_SHARE * 2 * jnp.maximum(products, 0)).astype(jnp.int32)
         following = _Plan(
-            target=jnp.where(can_run, factor ** (1 / rule.order), 1) * iterate.residual,
-            least=jnp.where(can_run, iterations + cost, iterations),
-            expected=jnp.where(can_run, jnp.maximum(factor * certificate.relative, needed), needed),
+            target=jnp.where(runs, factor ** (1 / rule.order), 1) * iterate.residual,
+            least=jnp.where(runs, iterations + cost, iterations),
+            expected=jnp.where(runs, jnp.maximum(factor * certificate.relative, needed), needed),
+            share=share,
         )
         ended = jnp.where(status == Status.CONVERGED, code(Status.STALLED), status)
         ended = jnp.where(jnp.isfinite(error) | is_failure(status), ended, code(Status.NONFINITE))
@@ -249,7 +265,9 @@ def solve_accurately(
     none = jnp.zeros((), jnp.int32)
     aim = jnp.asarray(accuracy.first_error, initial_norm.dtype)
     scale = jnp.maximum(initial_norm, jnp.where(jnp.isfinite(scale), scale, 0))
-    plan = _Plan(aim ** (1 / rule.order) * scale, none, aim)
+    plan = _Plan(aim ** (1 / rule.order) * scale, none, aim, jnp.full_like(aim, _LINEAR_SHARE))
+    # The start is no reference: NaN is nearer to nothing.
+    start = start._replace(x=jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), start.x))
     shapes = jax.eval_shape(inspect, first.x, plan, start)
     found, certificate, _ = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     begin = _Round(first, none, jnp.asarray(_RUNNING), found, certificate, start, plan)

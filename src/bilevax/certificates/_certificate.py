@@ -107,8 +107,8 @@ def hypergradient_error(
       A `Certificate`.
 
     Raises:
-      TypeError: if `outer` does not return a scalar, the problem does not fit x, or `linear_solver`
-        is not a `LinearSolver`.
+      TypeError: if `outer` does not return a scalar, the problem does not fit x, y has no floating
+        entries, `adjoint` is not of the size of x, or `linear_solver` is not a `LinearSolver`.
 
     Example:
       >>> import bilevax as bx
@@ -126,6 +126,11 @@ def hypergradient_error(
     function, x, y = checked_point(outer, problem, rule, x, y)
     if linear_solver is not None:
         checks.is_component("linear_solver", linear_solver, LinearSolver, "CG()")
+    if adjoint is not None and trees.dimension(trees.as_arrays(adjoint)) != trees.dimension(x):
+        raise TypeError(
+            f"`adjoint` must have as many entries as `x`, {trees.dimension(x)}; "
+            f"got {checks.describe(adjoint)}."
+        )
     return _hypergradient_error(function, problem, rule, x, y, adjoint, linear_solver)
 
 

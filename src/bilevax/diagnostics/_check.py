@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
@@ -150,8 +151,8 @@ def check_hypergradient(
       A `HypergradientCheck`.
 
     Raises:
-      TypeError: for a wrong kind of argument, if `outer` does not return a scalar, or if y has no
-        floating entries.
+      TypeError: for a wrong kind of argument, if `outer` does not return a scalar, if y has no
+        floating entries, or if y or x0 is traced.
       ValueError: if `directions` is not positive or `seed` is negative.
 
     Example:
@@ -165,6 +166,11 @@ def check_hypergradient(
     Source:
       C. J. F. Ridders, "Accurate computation of F'(x) and F'(x)F''(x)", 1982.
     """
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((y, x0))):
+        raise TypeError(
+            "`check_hypergradient` works with numbers, so it cannot run inside of `jax.jit`, "
+            "`jax.grad` or `jax.vmap`, but `y` or `x0` is traced. Call it outside."
+        )
     g = as_partial("outer", outer)
     checks.is_component("solve", solve, SolutionMap, "solution_map(problem, Newton())")
     checks.inner_variable(x0, "x0")

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.tree_util import Partial
@@ -177,8 +176,6 @@ def recommend_rule(
     if linear_solver is not None:
         checks.is_component("linear_solver", linear_solver, LinearSolver, "CG()")
     g, x, y = checked_point(outer, problem, Implicit(), x, y)
-    if not any(jnp.issubdtype(u.dtype, jnp.floating) and u.size for u in jax.tree.leaves(y)):
-        raise TypeError(f"`y` must have floating entries, got {checks.describe(y)}.")
     rules = tuple(candidate.make(linear_solver) for candidate in _CANDIDATES)
     rows = []
     for candidate, rule in zip(_CANDIDATES, rules, strict=True):
