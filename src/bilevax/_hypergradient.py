@@ -164,8 +164,8 @@ def value_and_hypergradient(
 
     The gradient is Omega(x, y) = g_2 + (dx*/dy)^T g_1 at the point x of the rule. Unlike `jax.grad`
     through a `solution_map`, the engine starts both solves from the last ones and reports on both.
-    It is pure and compiled once per shape; `jit`, `vmap` and `scan` go through it, reverse mode does
-    not: derivatives of the gradient are those of a `solution_map`.
+    It is pure and compiled once per shape; `jit`, `vmap` and `scan` go through it. For derivatives
+    of the gradient use a `solution_map`.
 
     Args:
       outer: g, a function of (x, y) that returns a real scalar; with `has_aux=True` a pair of it

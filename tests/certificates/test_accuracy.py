@@ -667,3 +667,52 @@ def test_units_change_nothing_in_float32():
 )
 def test_wrong_arguments(error, make, message):
     assert_fails(error, message, make)
+
+
+# Ill-conditioned, with the solution 1 + y / sqrt(CURVATURES), so that dh/dy = SLOPE / sqrt(...).
+CURVATURES = np.logspace(0, -6, 20)
+SLOPE = CURVATURES**0.6 * np.random.default_rng(1).normal(size=20)
+
+
+def many_scales(x, y):
+    return jnp.sum(CURVATURES * x**2) / 2 - jnp.sum((CURVATURES + y * np.sqrt(CURVATURES)) * x)
+
+
+def weighted_sum(x, y):
+    return jnp.sum(SLOPE * x)
+
+
+@pytest.mark.parametrize("epsilon", [1e-1, 1e-2, 1e-4])
+@pytest.mark.parametrize(
+    "rule",
+    [bx.Implicit(), bx.Reparameterized(bx.Implicit(), bx.DiagonalChange())],
+    ids=["implicit", "diagonal"],
+)
+def test_the_certificate_is_that_of_the_gradient_returned(rule, epsilon):
+    """x is exact, so that the adjoint alone is to blame."""
+    engine = bx.value_and_hypergradient(
+        weighted_sum,
+        bx.minimum(many_scales),
+        bx.Newton(),
+        rule,
+        accuracy=bx.RelativeAccuracy(epsilon),
+    )
+    result = engine(np.zeros(20), bx.cold_start(np.zeros(20)))
+    wanted = SLOPE / np.sqrt(CURVATURES)
+    true = np.linalg.norm(result.gradient - wanted) / np.linalg.norm(wanted)
+    assert result.report.inner.status == Status.CONVERGED
+    assert true <= epsilon
+    # Far below the accuracy asked for, both may be anything.
+    assert result.report.certificate.relative >= 0.8 * true or true < 1e-3 * epsilon
+
+
+def test_a_diverged_solve_is_not_certified():
+    engine = bx.value_and_hypergradient(
+        lambda x, y: jnp.sum((x - 1) ** 2),
+        bx.minimum(lambda x, y: jnp.sum((x - y) ** 2) / 2 + jnp.sum(x**4) / 4),
+        bx.GradientDescent(10.0),
+        accuracy=bx.RelativeAccuracy(1e-2),
+    )
+    report = engine(np.ones(3), bx.cold_start(np.zeros(3))).report
+    assert report.inner.status in (Status.DIVERGED, Status.NONFINITE)
+    assert report.certificate.status != Status.CONVERGED

@@ -748,7 +748,11 @@ def test_data_of_a_partial_compile_nothing():
             "`linear_solver` must be a LinearSolver, for example `CG()`; got 'cg'.",
         ),
         (TypeError, {"linear_solver": bx.CG}, "Did you forget the parentheses?"),
-        (TypeError, {"adjoint": np.zeros(3)}, "must have as many entries as the unknown, 4; got"),
+        (
+            TypeError,
+            {"adjoint": np.zeros(3)},
+            "`adjoint` must have as many entries as `x`, 4; got float64[3].",
+        ),
         (
             ValueError,
             {
@@ -769,3 +773,14 @@ def test_wrong_arguments(error, changes, message):
         "y": PENALTY,
     }
     assert_fails(error, message, lambda: bx.hypergradient_error(**(arguments | changes)))
+
+
+def test_a_y_without_floating_entries():
+    message = "`y` must have floating entries, got int64[]."
+    problem = bx.minimum(lambda x, y: (x - y) ** 2)
+    y = jnp.asarray(3)
+    assert_fails(
+        TypeError,
+        message,
+        lambda: bx.hypergradient_error(lambda x, y: x, problem, bx.Implicit(), 1.0, y),
+    )

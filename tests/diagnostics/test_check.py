@@ -444,3 +444,13 @@ def test_wrong_tolerances():
     check = check_hypergradient(*arguments)
     assert_fails(ValueError, message, check.agrees, -0.1)
     assert_fails(TypeError, "`rtol` must be a number, got '1'.", check.agrees, "1")
+
+
+def test_it_refuses_traced_values():
+    solve = bx.solution_map(bx.minimum(lambda x, y: (x - y) ** 2), bx.Newton())
+
+    def inside(y):
+        return bx.check_hypergradient(lambda x, y: x, solve, y, 0.0).derivative
+
+    with pytest.raises(TypeError, match=r"cannot run inside of `jax\.jit`"):
+        jax.jit(inside)(1.0)

@@ -233,8 +233,8 @@ def solve_accurately(
         blames_x = blames_x | (certificate.status != Status.CONVERGED)
         runs = blames_x & (status == Status.CONVERGED) & (iterate.residual > smallest)
         blame = certificate.adjoint / (_ADJOINT_SHARE * allowed)
-        factor = jnp.where(blame > 1, jnp.clip(2 * blame, 2, 1e3), 1)
-        share = plan.share / jnp.where(small, 1, jnp.where(runs | (blame > 1), factor, 1e3))
+        tighter = jnp.where(blame > 1, jnp.clip(2 * blame, 2, 1e3), jnp.where(runs, 1, 1e3))
+        share = plan.share / jnp.where(small, 1, tighter)
         can_tighten = _CERTIFICATE_SHARE * plan.share * plan.expected > tightest
         going = runs | ((~small | is_loose) & can_tighten)
         going = going & ~is_failure(status) & jnp.isfinite(error)
