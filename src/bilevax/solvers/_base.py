@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bilevax import _checks as checks
+from bilevax import _trees as trees
 from bilevax._problems import Minimum, Problem
 
 PyTree = Any
@@ -16,19 +17,21 @@ class Iterate(NamedTuple):
 
     Attributes:
       x: the current point.
+      evaluation: what the solver knows of the problem at x (F, f, T), a function of x and y alone.
       residual: ||F(x, y)||, which the loop reads to decide when to stop.
-      state: what the solver carries from step to step (F(x, y), momentum, step size, ...).
+      state: what the solver remembers of earlier steps (momentum, step size, ...).
       stalled: whether the last step could not improve x; ends the loop.
     """
 
     x: PyTree
+    evaluation: PyTree
     residual: jax.Array
     state: PyTree = ()
     stalled: Any = False
 
 
 class Solver(abc.ABC):
-    """Base class of inner solvers: a frozen pytree of numbers with `init` and `step`.
+    """Base class of inner solvers: a frozen pytree of numbers with `evaluate` and `step`.
 
     Subclasses are frozen dataclasses, registered as pytrees, with the fields `rtol`, `atol` and
     `maxiter`. The loop stops when ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol). By default `rtol` is
@@ -41,13 +44,21 @@ class Solver(abc.ABC):
     atol: Any
     maxiter: Any
 
-    @abc.abstractmethod
+    def evaluate(self, problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, jax.Array]:
+        """Return what steps from x need of the problem, F(x, y) by default, and ||F(x, y)||."""
+        optimality = problem.optimality(x, y)
+        return optimality, trees.norm(optimality)
+
     def init(self, problem: Problem, x: PyTree, y: PyTree) -> Iterate:
-        """Return the iterate at the start x."""
+        """Return the iterate at the start x; by default without a memory."""
+        return Iterate(x, *self.evaluate(problem, x, y))
 
     @abc.abstractmethod
     def step(self, problem: Problem, iterate: Iterate, y: PyTree) -> Iterate:
         """Return the next iterate."""
+
+    def check_differentiable(self, x: PyTree) -> None:
+        """Warn if derivatives through `step` are known to fail; nothing by default."""
 
 
 def check_stopping(solver: Solver) -> None:

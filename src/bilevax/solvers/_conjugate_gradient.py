@@ -10,14 +10,12 @@ from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._problems import Problem
 from bilevax.solvers import _base as base
-from bilevax.solvers._line_search import Backtracking, Point, backtrack, evaluate
+from bilevax.solvers._line_search import Backtracking, backtrack, evaluate, first_step_size
 
 PyTree = Any
 
 
 class _State(NamedTuple):
-    value: jax.Array
-    optimality: PyTree
     direction: PyTree
     step_size: jax.Array
 
@@ -67,29 +65,30 @@ class ConjugateGradient(base.Solver):
         base.check_stopping(self)
         checks.is_component("line_search", self.line_search, Backtracking, "Backtracking()")
 
+    def evaluate(self, problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, jax.Array]:
+        return evaluate(base.require_minimum(problem, "ConjugateGradient"), x, y)
+
     def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
-        point = evaluate(base.require_minimum(problem, "ConjugateGradient"), x, y)
-        direction = trees.negative(point.optimality)
-        step_size = 0.5 / jnp.maximum(point.norm, 1)
-        state = _State(point.value, point.optimality, direction, step_size)
-        return base.Iterate(x, point.norm, state, False)
+        evaluation, norm = self.evaluate(problem, x, y)
+        state = _State(trees.negative(evaluation.optimality), first_step_size(evaluation))
+        return base.Iterate(x, evaluation, norm, state, jnp.zeros((), bool))
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
-        value, optimality, direction, last_step = iterate.state
-        norm = iterate.residual
+        optimality = iterate.evaluation.optimality
+        direction, last_step = iterate.state
         _, jacobian = problem.linearize(iterate.x, y)
         curvature = trees.inner(direction, jacobian.matvec(direction))
-        exact = -trees.inner(optimality, direction) / curvature
+        exact = -trees.inner(optimality, direction) / jnp.where(curvature > 0, curvature, 1)
         first_step = jnp.where(curvature > 0, exact, 2 * last_step)
-        start = Point(iterate.x, value, optimality, norm)
-        trial = backtrack(self.line_search, problem, start, y, direction, first_step)
-        point = trial.point
+        found = backtrack(self.line_search, problem, iterate, y, direction, first_step)
 
-        change = trees.add_scaled(point.optimality, -1, optimality)
-        beta = jnp.maximum(0, trees.inner(point.optimality, change) / norm**2)
-        steepest = trees.negative(point.optimality)
+        following = found.evaluation.optimality
+        change = trees.add_scaled(following, -1, optimality)
+        square = trees.inner(optimality, optimality)
+        beta = trees.inner(following, change) / jnp.where(square > 0, square, 1)
+        beta = jnp.maximum(0, beta)
+        steepest = trees.negative(following)
         direction = trees.add_scaled(steepest, beta, direction)
-        descends = trees.inner(point.optimality, direction) < 0
+        descends = trees.inner(following, direction) < 0
         direction = trees.where(descends, direction, steepest)
-        state = _State(point.value, point.optimality, direction, trial.step_size)
-        return base.Iterate(point.x, point.norm, state, ~trial.accepted)
+        return found._replace(state=_State(direction, found.state))

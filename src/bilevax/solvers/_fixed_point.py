@@ -17,7 +17,6 @@ PyTree = Any
 
 
 class _History(NamedTuple):
-    image: PyTree  # T(x, y)
     moves: jax.Array  # (memory, dim): differences of successive iterates
     changes: jax.Array  # (memory, dim): differences of successive F
     steps: jax.Array
@@ -70,47 +69,48 @@ class FixedPointIteration(base.Solver):
             checks.positive("damping", self.damping)
         checks.not_negative("memory", self.memory, whole=True)
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
+    def evaluate(self, problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, jax.Array]:
         image = problem.image(x, y)
-        residual = trees.norm(optax.tree.sub(x, image))
+        return image, trees.norm(optax.tree.sub(x, image))
+
+    def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
+        evaluation = self.evaluate(problem, x, y)
         if self.memory == 0:
-            return base.Iterate(x, residual, image)
+            return base.Iterate(x, *evaluation)
         empty = jnp.zeros((self.memory, trees.dimension(x)), trees.dtype(x))
-        history = _History(image, empty, empty, jnp.zeros((), jnp.int32))
-        return base.Iterate(x, residual, history)
+        return base.Iterate(x, *evaluation, _History(empty, empty, jnp.zeros((), jnp.int32)))
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
         if self.memory == 0:
-            x = iterate.state
+            x = iterate.evaluation
             if self.damping is not None:
-                move = optax.tree.sub(iterate.state, iterate.x)
+                move = optax.tree.sub(iterate.evaluation, iterate.x)
                 x = trees.add_scaled(iterate.x, self.damping, move)
-            image = problem.image(x, y)
-            return base.Iterate(x, trees.norm(optax.tree.sub(x, image)), image)
-        previous, moves, changes, steps = iterate.state
-        optimality = optax.tree.sub(iterate.x, previous)
+            return base.Iterate(x, *self.evaluate(problem, x, y))
+        moves, changes, steps = iterate.state
+        optimality = optax.tree.sub(iterate.x, iterate.evaluation)
         move = self._accelerate(optimality, moves, changes)
         x = optax.tree.add(iterate.x, move)
-        image = problem.image(x, y)
+        image, norm = self.evaluate(problem, x, y)
         following = optax.tree.sub(x, image)
         slot = steps % self.memory
         history = _History(
-            image,
             moves.at[slot].set(ravel_pytree(move)[0]),
             changes.at[slot].set(ravel_pytree(optax.tree.sub(following, optimality))[0]),
             steps + 1,
         )
-        return base.Iterate(x, trees.norm(following), history)
+        return base.Iterate(x, image, norm, history)
 
     def _accelerate(self, optimality: PyTree, moves: jax.Array, changes: jax.Array) -> PyTree:
         # gamma minimises ||F - changes^T gamma||; the move is then that of the combined iterate,
         # -damping F - (moves - damping changes)^T gamma. The rows of changes are scaled to length
         # one, so that a ridge of the size of rounding keeps the small system regular, and rows
-        # that are not in use yet (zero) get weight zero.
+        # that are not in use yet (zero) get weight zero. The scaling cancels, and a derivative of a
+        # length has no value at zero.
         flat, unravel = ravel_pytree(optimality)
         damping = jnp.asarray(1 if self.damping is None else self.damping, flat.dtype)
-        lengths = jnp.linalg.norm(changes, axis=1)
-        lengths = jnp.where(lengths > 0, lengths, 1)
+        lengths = jnp.linalg.norm(jax.lax.stop_gradient(changes), axis=1)
+        lengths = jax.lax.stop_gradient(jnp.where(lengths > 0, lengths, 1))
         rows = changes / lengths[:, None]
         ridge = 10 * jnp.finfo(flat.dtype).eps * jnp.eye(self.memory, dtype=flat.dtype)
         gamma = jnp.linalg.solve(rows @ rows.T + ridge, rows @ flat) / lengths

@@ -10,15 +10,9 @@ from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._problems import Problem
 from bilevax.solvers import _base as base
-from bilevax.solvers._line_search import Backtracking, Point, backtrack, evaluate
+from bilevax.solvers._line_search import Backtracking, backtrack, evaluate, first_step_size
 
 PyTree = Any
-
-
-class _SearchState(NamedTuple):
-    value: jax.Array
-    optimality: PyTree
-    step_size: jax.Array
 
 
 @trees.register
@@ -61,32 +55,28 @@ class GradientDescent(base.Solver):
         base.check_stopping(self)
         checks.positive("learning_rate", self.learning_rate)
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
+    def evaluate(self, problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, jax.Array]:
         if not isinstance(self.learning_rate, Backtracking):
-            optimality = problem.optimality(x, y)
-            return base.Iterate(x, trees.norm(optimality), optimality)
-        point = evaluate(base.require_minimum(problem, "Backtracking"), x, y)
-        # No step is known to be good yet: start from a move of unit length, or less.
-        step_size = 0.5 / jnp.maximum(point.norm, 1)
-        state = _SearchState(point.value, point.optimality, step_size)
-        return base.Iterate(x, point.norm, state, False)
+            return super().evaluate(problem, x, y)
+        return evaluate(base.require_minimum(problem, "Backtracking"), x, y)
+
+    def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
+        evaluation, norm = self.evaluate(problem, x, y)
+        if not isinstance(self.learning_rate, Backtracking):
+            return base.Iterate(x, evaluation, norm)
+        # No step is known to be good yet.
+        step_size = first_step_size(evaluation)
+        return base.Iterate(x, evaluation, norm, step_size, jnp.zeros((), bool))
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
         if not isinstance(self.learning_rate, Backtracking):
-            x = trees.add_scaled(iterate.x, -jnp.asarray(self.learning_rate), iterate.state)
-            optimality = problem.optimality(x, y)
-            return base.Iterate(x, trees.norm(optimality), optimality)
-        state = iterate.state
-        start = Point(iterate.x, state.value, state.optimality, iterate.residual)
-        direction = trees.negative(state.optimality)
-        trial = backtrack(self.learning_rate, problem, start, y, direction, 2 * state.step_size)
-        point = trial.point
-        state = _SearchState(point.value, point.optimality, trial.step_size)
-        return base.Iterate(point.x, point.norm, state, ~trial.accepted)
+            x = trees.add_scaled(iterate.x, -jnp.asarray(self.learning_rate), iterate.evaluation)
+            return base.Iterate(x, *self.evaluate(problem, x, y))
+        direction = trees.negative(iterate.evaluation.optimality)
+        return backtrack(self.learning_rate, problem, iterate, y, direction, 2 * iterate.state)
 
 
 class _Momentum(NamedTuple):
-    optimality: PyTree
     previous: PyTree  # the last gradient step, before extrapolation
     weight: jax.Array  # Nesterov's t
 
@@ -135,17 +125,16 @@ class AcceleratedGradient(base.Solver):
         checks.positive("learning_rate", self.learning_rate)
 
     def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
-        optimality, weight = problem.optimality(x, y), jnp.ones((), trees.dtype(x))
-        return base.Iterate(x, trees.norm(optimality), _Momentum(optimality, x, weight))
+        momentum = _Momentum(x, jnp.ones((), trees.dtype(x)))
+        return base.Iterate(x, *self.evaluate(problem, x, y), momentum)
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
-        state = iterate.state
+        optimality, state = iterate.evaluation, iterate.state
         step_size = -jnp.asarray(self.learning_rate)
-        gradient_step = trees.add_scaled(iterate.x, step_size, state.optimality)
+        gradient_step = trees.add_scaled(iterate.x, step_size, optimality)
         move = trees.add_scaled(gradient_step, -1, state.previous)
-        weight = jnp.where(trees.inner(state.optimality, move) > 0, 1, state.weight)
+        weight = jnp.where(trees.inner(optimality, move) > 0, 1, state.weight)
         next_weight = (1 + jnp.sqrt(1 + 4 * weight**2)) / 2
         x = trees.add_scaled(gradient_step, (weight - 1) / next_weight, move)
-        optimality = problem.optimality(x, y)
-        state = _Momentum(optimality, gradient_step, next_weight)
-        return base.Iterate(x, trees.norm(optimality), state)
+        momentum = _Momentum(gradient_step, next_weight)
+        return base.Iterate(x, *self.evaluate(problem, x, y), momentum)

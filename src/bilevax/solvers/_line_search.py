@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._problems import Minimum, Problem
+from bilevax.solvers._base import Iterate
 
 PyTree = Any
 
@@ -56,72 +57,94 @@ class Backtracking:
                 raise ValueError(f"`{name}` must be below {bound}, got {value!r}.")
 
 
-class Point(NamedTuple):
-    """A point with all that the search needs to know of it; value is 0 without an objective."""
+class Evaluation(NamedTuple):
+    """What the search needs of the problem at a point; value is 0 without an objective."""
 
-    x: PyTree
     value: jax.Array
     optimality: PyTree
-    norm: jax.Array
 
 
-class Trial(NamedTuple):
-    """A point of the search, the step that led to it, and whether it passes the test."""
-
-    point: Point
-    step_size: jax.Array
-    accepted: jax.Array
-
-
-def evaluate(problem: Problem, x: PyTree, y: PyTree) -> Point:
-    """Return a point with value and optimality."""
+def evaluate(problem: Problem, x: PyTree, y: PyTree) -> tuple[Evaluation, jax.Array]:
+    """Return value and optimality at a point, and the norm of the optimality."""
     if isinstance(problem, Minimum):
         value, optimality = problem.value_and_optimality(x, y)
     else:
         optimality = problem.optimality(x, y)
         value = jnp.zeros((), trees.dtype(x))
-    return Point(x, value, optimality, trees.norm(optimality))
+    return Evaluation(value, optimality), trees.norm(optimality)
 
 
+def first_step_size(evaluation: Evaluation) -> jax.Array:
+    """Return half of a step size that makes a gradient step of unit length, or less."""
+    # Not by the norm, which has no derivative at zero.
+    square = trees.inner(evaluation.optimality, evaluation.optimality)
+    return 0.5 * jax.lax.rsqrt(jnp.maximum(square, 1))
+
+
+@jax.custom_jvp
 def backtrack(
     options: Backtracking,
     problem: Problem,
-    start: Point,
+    start: Iterate,
     y: PyTree,
     direction: PyTree,
-    first_step: Any,
-) -> Trial:
-    """Search from `start` along `direction`; the start itself if no trial is accepted."""
-    slope = trees.inner(start.optimality, direction)
-    epsilon, size = trees.epsilon(start.x), jnp.abs(start.value)
-    rounding = 64 * epsilon
-    first_step = jnp.asarray(first_step, start.norm.dtype)
+    first_step: jax.Array,
+) -> Iterate:
+    """Search from `start` along `direction`; stalled at the start if no trial is accepted.
 
-    def accepts(point: Point, step_size: jax.Array) -> jax.Array:
+    The state of the iterate returned is its step size. How often the step was shrunk is a constant
+    under differentiation: it is one, but for jumps.
+    """
+    value, optimality = start.evaluation
+    slope = trees.inner(optimality, direction)
+    epsilon, size = trees.epsilon(start.x), jnp.abs(value)
+    rounding = 64 * epsilon
+
+    def accepts(trial: Iterate) -> jax.Array:
         if not isinstance(problem, Minimum):
-            return point.norm <= (1 - options.decrease * step_size) * start.norm
+            return trial.residual <= (1 - options.decrease * trial.state) * start.residual
         # Values tell nothing where the first-order change of f is below their rounding error. That
         # error can be far above eps |f|, for f may be a small difference of large terms.
-        predicted = -step_size * slope
-        by_values = point.value <= start.value - options.decrease * predicted
-        level = point.value <= start.value + epsilon**0.5 * size
-        end_slope = trees.inner(point.optimality, direction)
+        predicted = -trial.state * slope
+        by_values = trial.evaluation.value <= value - options.decrease * predicted
+        level = trial.evaluation.value <= value + epsilon**0.5 * size
+        end_slope = trees.inner(trial.evaluation.optimality, direction)
         by_slopes = level & (end_slope <= (2 * options.decrease - 1) * slope)
         # In the end rounding hides F too, and only a norm that keeps falling leads to a stop.
-        falling = (predicted > rounding**2 * size) | (point.norm < start.norm)
+        falling = (predicted > rounding**2 * size) | (trial.residual < start.residual)
         accepted = ((predicted > rounding * size) & by_values) | (by_slopes & falling)
-        return accepted & jnp.isfinite(point.norm)
+        return accepted & jnp.isfinite(trial.residual)
 
-    def search(state: tuple[jax.Array, Trial]) -> tuple[jax.Array, Trial]:
+    def search(state: tuple[jax.Array, Iterate]) -> tuple[jax.Array, Iterate]:
+        trials, last = state
+        step_size = jnp.where(trials == 0, first_step, last.state * options.contraction)
+        x = trees.add_scaled(start.x, step_size, direction)
+        trial = Iterate(x, *evaluate(problem, x, y), step_size)
+        return trials + 1, trial._replace(stalled=~accepts(trial))
+
+    def proceed(state: tuple[jax.Array, Iterate]) -> jax.Array:
         trials, trial = state
-        step_size = jnp.where(trials == 0, first_step, trial.step_size * options.contraction)
-        point = evaluate(problem, trees.add_scaled(start.x, step_size, direction), y)
-        return trials + 1, Trial(point, step_size, accepts(point, step_size))
+        return trial.stalled & (trials < options.maxiter)
 
-    def proceed(state: tuple[jax.Array, Trial]) -> jax.Array:
-        trials, trial = state
-        return ~trial.accepted & (trials < options.maxiter)
+    nothing = start._replace(state=first_step, stalled=jnp.ones((), bool))
+    _, trial = jax.lax.while_loop(proceed, search, (jnp.zeros((), jnp.int32), nothing))
+    back = start._replace(state=trial.state, stalled=trial.stalled)
+    return trees.where(trial.stalled, back, trial)
 
-    nothing = (jnp.zeros((), jnp.int32), Trial(start, first_step, jnp.zeros((), bool)))
-    _, trial = jax.lax.while_loop(proceed, search, nothing)
-    return trial._replace(point=trees.where(trial.accepted, trial.point, start))
+
+@backtrack.defjvp
+def _backtrack_jvp(primals: Any, tangents: Any) -> tuple[Iterate, Iterate]:
+    _, problem, start, y, direction, first_step = primals
+    _, *tangents = tangents
+    found = backtrack(*primals)
+    shrunk = jax.lax.stop_gradient(found.state / first_step)
+
+    def follow(
+        problem: Problem, start: Iterate, y: PyTree, direction: PyTree, first_step: jax.Array
+    ) -> Iterate:
+        step_size = shrunk * first_step
+        x = trees.add_scaled(start.x, jnp.where(found.stalled, 0, step_size), direction)
+        return Iterate(x, *evaluate(problem, x, y), step_size, found.stalled)
+
+    _, tangent = jax.jvp(follow, (problem, start, y, direction, first_step), tuple(tangents))
+    return found, tangent

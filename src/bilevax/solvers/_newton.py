@@ -1,7 +1,7 @@
 """Newton's method, matrix-free."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,9 @@ from bilevax._operator import Structure
 from bilevax._problems import Minimum, Problem
 from bilevax.linear import CG, GMRES, LinearSolver, linear_solve
 from bilevax.solvers import _base as base
-from bilevax.solvers._line_search import Backtracking, Point, backtrack, evaluate
+from bilevax.solvers._line_search import Backtracking, backtrack, evaluate
 
 PyTree = Any
-
-
-class _State(NamedTuple):
-    value: jax.Array
-    optimality: PyTree
-    initial_norm: jax.Array
 
 
 @trees.register
@@ -70,29 +64,28 @@ class Newton(base.Solver):
             checks.is_component("linear_solver", self.linear_solver, LinearSolver, "Dense()")
         checks.is_component("line_search", self.line_search, Backtracking, "Backtracking()")
 
+    def evaluate(self, problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, jax.Array]:
+        return evaluate(problem, x, y)
+
     def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
-        point = evaluate(problem, x, y)
-        state = _State(point.value, point.optimality, point.norm)
-        return base.Iterate(x, point.norm, state, False)
+        evaluation, norm = self.evaluate(problem, x, y)
+        return base.Iterate(x, evaluation, norm, norm, jnp.zeros((), bool))
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
-        state, norm = iterate.state, iterate.residual
-        optimality = state.optimality
-        solver = self.linear_solver
+        optimality = iterate.evaluation.optimality
+        norm, initial_norm = iterate.residual, iterate.state
+        solver = derivatives = self.linear_solver
         if solver is None:
-            forcing = jnp.minimum(0.1, jnp.sqrt(norm / state.initial_norm))
-            definite = problem.structure is Structure.POSITIVE_DEFINITE
-            solver = CG(rtol=forcing) if definite else GMRES(rtol=forcing)
+            derivatives = CG() if problem.structure is Structure.POSITIVE_DEFINITE else GMRES()
+            forcing = jnp.minimum(0.1, jnp.sqrt(norm / initial_norm))
+            solver = derivatives.with_default_rtol(jax.lax.stop_gradient(forcing))
         _, jacobian = problem.linearize(iterate.x, y)
-        solution, _ = linear_solve(jacobian, optimality, solver)
+        solution, _ = linear_solve(jacobian, optimality, solver, derivatives=derivatives)
         direction = trees.negative(solution)
         if isinstance(problem, Minimum):
             # Not downhill, or NaN because curvature was negative at once: steepest descent.
             descends = trees.inner(optimality, direction) < 0
             steepest = trees.scale(-1 / jnp.maximum(norm, 1), optimality)
             direction = trees.where(descends, direction, steepest)
-        start = Point(iterate.x, state.value, optimality, norm)
-        trial = backtrack(self.line_search, problem, start, y, direction, 1.0)
-        point = trial.point
-        state = _State(point.value, point.optimality, state.initial_norm)
-        return base.Iterate(point.x, point.norm, state, ~trial.accepted)
+        found = backtrack(self.line_search, problem, iterate, y, direction, jnp.ones_like(norm))
+        return found._replace(state=initial_norm)

@@ -16,9 +16,8 @@ from bilevax.solvers import _base as base
 PyTree = Any
 
 
-class _State(NamedTuple):
+class _Evaluation(NamedTuple):
     optimality: PyTree
-    optimizer: PyTree
     value: jax.Array | None
 
 
@@ -73,22 +72,30 @@ class Optax(base.Solver):
             wrapped = type(self.transformation)(*functions)
             object.__setattr__(self, "transformation", wrapped)
 
+    def evaluate(self, problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, jax.Array]:
+        wants_value = isinstance(self.transformation, optax.GradientTransformationExtraArgs)
+        if wants_value and isinstance(problem, Minimum):
+            value, optimality = problem.value_and_optimality(x, y)
+        else:
+            value, optimality = None, problem.optimality(x, y)
+        return _Evaluation(optimality, value), trees.norm(optimality)
+
     def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
-        return self._iterate(problem, x, y, self.transformation.init(x))
+        return base.Iterate(x, *self.evaluate(problem, x, y), self.transformation.init(x))
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
-        state = iterate.state
+        optimality, value = iterate.evaluation
         extra = {}
-        if state.value is not None and isinstance(problem, Minimum):
+        if value is not None and isinstance(problem, Minimum):
             objective = problem.function
             extra = {
-                "value": state.value,
-                "grad": state.optimality,
+                "value": value,
+                "grad": optimality,
                 "value_fn": lambda x: objective(x, y),
             }
         try:
             updates, optimizer = self.transformation.update(
-                state.optimality, state.optimizer, iterate.x, **extra
+                optimality, iterate.state, iterate.x, **extra
             )
         except TypeError:
             # Which transformations evaluate an objective, only their signatures tell.
@@ -97,16 +104,8 @@ class Optax(base.Solver):
             raise
         if self.learning_rate is not None:
             updates = trees.scale(-jax.numpy.asarray(self.learning_rate), updates)
-        return self._iterate(problem, optax.apply_updates(iterate.x, updates), y, optimizer)
-
-    def _iterate(self, problem: Problem, x: PyTree, y: PyTree, optimizer: PyTree) -> base.Iterate:
-        wants_value = isinstance(self.transformation, optax.GradientTransformationExtraArgs)
-        if wants_value and isinstance(problem, Minimum):
-            value, optimality = problem.value_and_optimality(x, y)
-        else:
-            value, optimality = None, problem.optimality(x, y)
-        state = _State(optimality, optimizer, value)
-        return base.Iterate(x, trees.norm(optimality), state)
+        x = optax.apply_updates(iterate.x, updates)
+        return base.Iterate(x, *self.evaluate(problem, x, y), optimizer)
 
 
 def _is_plain(transformation: Any) -> bool:
