@@ -36,6 +36,7 @@ HANDED_OUT = {
     "LinearReport",
     "RuleReport",
     "RuleTable",
+    "Separable",
     "SolutionMap",
     "SolveError",
     "SolveReport",
@@ -140,12 +141,15 @@ LAYERS = [
     {"_trees", "_status", "_checks"},
     {"_results", "_operator", "_failure", "_closures"},
     {"_problems"},
+    {"_separable"},
     {"linear"},
     {"solvers"},
     {"_loop"},
-    {"rules"},
+    {"_unroll"},
+    {"rules", "_iterative"},
     {"_estimator"},
     {"certificates"},
+    {"stochastic"},
     {"_solution_map", "_hypergradient"},
     {"diagnostics"},
     {""},  # the package itself, which exports
@@ -200,8 +204,8 @@ def test_no_module_imports_inside_a_function(module):
             assert not delayed, function.name
 
 
-def test_custom_derivatives_have_two_homes():
-    # Those of x* and those of a linear solve.
+def test_custom_derivatives_have_three_homes():
+    # Those of x*, of a linear solve, and of a line search, whose outcome is a constant.
     def defines(path):
         nodes = ast.walk(ast.parse(path.read_text()))
         return {node.attr for node in nodes if isinstance(node, ast.Attribute)} & {
@@ -210,7 +214,11 @@ def test_custom_derivatives_have_two_homes():
         }
 
     homes = {module for module, path in MODULES.items() if defines(path)}
-    assert homes == {"bilevax._solution_map", "bilevax.linear._solve"}
+    assert homes == {
+        "bilevax._solution_map",
+        "bilevax.linear._solve",
+        "bilevax.solvers._line_search",
+    }
 
 
 def test_the_package_exports_what_it_imports_and_nothing_private():

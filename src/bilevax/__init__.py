@@ -17,6 +17,9 @@ from bilevax._hypergradient import HypergradientReport as HypergradientReport
 from bilevax._hypergradient import WarmStart as WarmStart
 from bilevax._hypergradient import cold_start as cold_start
 from bilevax._hypergradient import value_and_hypergradient as value_and_hypergradient
+from bilevax._iterative import IterativeRule as IterativeRule
+from bilevax._iterative import OneStep as OneStep
+from bilevax._iterative import Unrolled as Unrolled
 from bilevax._operator import LinearOperator as LinearOperator
 from bilevax._operator import Structure as Structure
 from bilevax._problems import Problem as Problem
@@ -26,6 +29,8 @@ from bilevax._problems import root as root
 from bilevax._results import LinearReport as LinearReport
 from bilevax._results import RuleReport as RuleReport
 from bilevax._results import SolveReport as SolveReport
+from bilevax._separable import Separable as Separable
+from bilevax._separable import separable as separable
 from bilevax._solution_map import SolutionMap as SolutionMap
 from bilevax._solution_map import implicit_function as implicit_function
 from bilevax._solution_map import solution_map as solution_map

@@ -118,6 +118,12 @@ def not_negative(name: str, value: Any, *, whole: bool = False) -> None:
     _whole(name, value, whole)
 
 
+def mode(value: Any) -> None:
+    """Raise if a rule's mode is not one of the two."""
+    if value not in ("reverse", "forward"):
+        raise ValueError(f'`mode` must be "reverse" or "forward", got {value!r}.')
+
+
 def _whole(name: str, value: Any, whole: bool) -> None:
     if whole and isinstance(value, float):
         raise TypeError(f"`{name}` must be a whole number, got {value!r}.")

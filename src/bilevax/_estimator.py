@@ -12,7 +12,8 @@ from bilevax import _trees as trees
 from bilevax._closures import as_partial
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
-from bilevax.rules import Rule, Settings
+from bilevax._separable import not_separable, representative
+from bilevax.rules import Rule, Settings, correct_tasks, pull_tasks
 
 PyTree = Any
 
@@ -48,12 +49,13 @@ def checked_point(
     function = as_partial("outer", outer)
     checks.is_component("problem", problem, Problem, "minimum(objective)")
     checks.is_component("rule", rule, Rule, "Implicit()")
+    not_separable("problem", problem)
     checks.inner_variable(x)
     checks.outer_variable(y)
     x, y = trees.as_arrays(x), trees.as_arrays(y)
     if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(y)):
         raise TypeError(f"`y` must have floating entries, got {checks.describe(y)}.")
-    rule.check_values(x, y)
+    rule.check_values(representative(problem, x)[1], y)
     return function, x, y
 
 
@@ -72,7 +74,7 @@ def estimate(
 
     It runs inside one trace and is differentiable in x, through the linear solves.
     """
-    x, correction = rule.correct(problem, x, y, settings)
+    x, correction = correct_tasks(rule.correct, problem, x, y, settings)
     found = evaluate(outer, problem, rule, x, y, settings, guess=guess, has_aux=has_aux)
     return found._replace(correction=correction)
 
@@ -89,15 +91,25 @@ def evaluate(
     has_aux: bool = False,
 ) -> Estimate:
     """Evaluate Omega = g_2 + (dx*/dy)^T g_1 at x as it is, without a correction."""
-    shape = jax.eval_shape(outer, x, y)
-    if has_aux and not (isinstance(shape, tuple | list) and len(shape) == 2):
+    value, pull_outer, aux = jax.vjp(
+        lambda x, y: value_and_aux(outer, x, y, has_aux), x, y, has_aux=True
+    )
+    cotangent_x, explicit = pull_outer(jnp.ones_like(value))
+    _, implicit, report = pull_tasks(rule.pull, problem, x, y, cotangent_x, guess, settings)
+    gradient = trees.add_cotangents(explicit, implicit)
+    return Estimate(value, gradient, x, None, report, aux)
+
+
+def value_and_aux(
+    outer: Callable[..., Any], x: PyTree, y: PyTree, has_aux: bool
+) -> tuple[jax.Array, Any]:
+    """Return g(x, y) and what the outer objective returns besides, or None; check it."""
+    output = outer(x, y)
+    if has_aux and not (isinstance(output, tuple | list) and len(output) == 2):
         raise TypeError(
             "`outer` must return a pair (value, aux) with `has_aux=True`, "
-            f"got {checks.describe(shape)}."
+            f"got {checks.describe(output)}."
         )
-    checks.scalar_output("outer", shape[0] if has_aux else shape)
-    value, pull_outer, *aux = jax.vjp(outer, x, y, has_aux=has_aux)
-    cotangent_x, explicit = pull_outer(jnp.ones_like(value))
-    _, implicit, report = rule.pull(problem, x, y, cotangent_x, guess, settings)
-    gradient = trees.add_cotangents(explicit, implicit)
-    return Estimate(value, gradient, x, None, report, aux[0] if aux else None)
+    value, aux = output if has_aux else (output, None)
+    checks.scalar_output("outer", jax.eval_shape(lambda: value))
+    return jnp.asarray(value), aux

@@ -1,7 +1,7 @@
-"""The only loop over solver steps: when to stop, and why it stopped."""
+"""The loop over solver steps: when to stop, and why it stopped."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._problems import Problem
 from bilevax._results import SolveReport
+from bilevax._separable import per_task, spread
 from bilevax._status import Status, code, out_of_steps
 from bilevax.linear import default_rtol
 from bilevax.solvers import Iterate, Solver
@@ -19,10 +20,18 @@ PyTree = Any
 _RUNNING = np.int32(-1)
 
 
+class Progress(NamedTuple):
+    """How far a run is."""
+
+    iterate: Iterate
+    iterations: jax.Array
+    status: jax.Array
+
+
 def run(
     solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any = 0.0
 ) -> tuple[PyTree, SolveReport]:
-    """Iterate a solver from x0 until ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol).
+    """Iterate a solver from x0 until ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol); per task.
 
     An `atol` of None is ten times the rounding error of F at a solution near x0, which a relative
     tolerance must not undercut where x0 is a solution already.
@@ -37,23 +46,45 @@ def run(
     Returns:
       The last iterate and a `SolveReport`.
     """
+
+    def one(problem: Problem, x0: PyTree, scale: jax.Array) -> tuple[PyTree, SolveReport]:
+        first, step = begin(solver, problem, x0, y, scale)
+        return report(first, jax.lax.while_loop(is_running, step, first))
+
+    return per_task(problem, one, x0, spread(problem, scale))
+
+
+def begin(
+    solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any
+) -> tuple[Progress, Callable[[Progress], Progress]]:
+    """Return the start of a run, and its step."""
     first = solver.init(problem, x0, y)
     initial_norm = first.residual
     rtol = jnp.asarray(stopping_rtol(solver, x0), initial_norm.dtype)
     atol = smallest_target(solver, problem, x0, y, initial_norm)
     scale = jnp.where(jnp.isfinite(scale), scale, 0)
     target = jnp.maximum(rtol * jnp.maximum(initial_norm, scale), atol)
-    exhausted = out_of_steps(solver.rtol, solver.atol)
-    iterate, iterations, status = advance(
+    judge, step = _stepper(
         solver,
         problem,
         y,
-        (first, jnp.zeros((), jnp.int32)),
         lambda iterate, _: iterate.residual <= target,
         initial_norm,
-        exhausted,
+        out_of_steps(solver.rtol, solver.atol),
     )
-    return iterate.x, SolveReport(status, iterations, iterate.residual, initial_norm)
+    none = jnp.zeros((), jnp.int32)
+    return Progress(first, none, judge(first, none)), step
+
+
+def is_running(progress: Progress) -> jax.Array:
+    """Tell whether a run goes on."""
+    return progress.status == _RUNNING
+
+
+def report(first: Progress, end: Progress) -> tuple[PyTree, SolveReport]:
+    """Return the last iterate and the report of a run."""
+    norms = end.iterate.residual, first.iterate.residual
+    return end.iterate.x, SolveReport(end.status, end.iterations, *norms)
 
 
 def smallest_target(
@@ -75,13 +106,25 @@ def advance(
     reached: Callable[[Iterate, jax.Array], jax.Array],
     initial_norm: jax.Array,
     exhausted: jax.Array,
-) -> tuple[Iterate, jax.Array, jax.Array]:
+) -> Progress:
     """Run on from an iterate and a count of iterations until `reached` holds of the two.
 
-    Returns:
-      The iterate, the count, and a status: CONVERGED; `exhausted` where the count has come to
-      `maxiter`; STALLED; DIVERGED where ||F|| has grown from `initial_norm` by 1 / eps; NONFINITE.
+    Ends with CONVERGED; `exhausted` where the count has come to `maxiter`; STALLED; DIVERGED where
+    ||F|| has grown from `initial_norm` by 1 / eps; NONFINITE.
     """
+    judge, step = _stepper(solver, problem, y, reached, initial_norm, exhausted)
+    return jax.lax.while_loop(is_running, step, Progress(*start, judge(*start)))
+
+
+def _stepper(
+    solver: Solver,
+    problem: Problem,
+    y: PyTree,
+    reached: Callable[[Iterate, jax.Array], jax.Array],
+    initial_norm: jax.Array,
+    exhausted: jax.Array,
+) -> tuple[Callable[[Iterate, jax.Array], jax.Array], Callable[[Progress], Progress]]:
+    """Return what judges an iterate, and what takes a step and judges its result."""
 
     def judge(iterate: Iterate, iterations: jax.Array) -> jax.Array:
         norm, epsilon = iterate.residual, trees.epsilon(iterate.x)
@@ -92,13 +135,12 @@ def advance(
         status = trees.where(reached(iterate, iterations), code(Status.CONVERGED), status)
         return trees.where(jnp.isfinite(norm), status, code(Status.NONFINITE))
 
-    def step(state: tuple[Iterate, jax.Array, jax.Array]) -> tuple[Iterate, jax.Array, jax.Array]:
-        iterate, iterations, _ = state
-        iterate = solver.step(problem, iterate, y)
-        iterations = iterations + 1
-        return iterate, iterations, judge(iterate, iterations)
+    def step(progress: Progress) -> Progress:
+        iterate = solver.step(problem, progress.iterate, y)
+        iterations = progress.iterations + 1
+        return Progress(iterate, iterations, judge(iterate, iterations))
 
-    return jax.lax.while_loop(lambda state: state[2] == _RUNNING, step, (*start, judge(*start)))
+    return judge, step
 
 
 def stopping_rtol(solver: Solver, x: PyTree) -> Any:

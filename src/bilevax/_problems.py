@@ -17,7 +17,7 @@ from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
-from bilevax._closures import as_partial
+from bilevax._closures import as_partial, hoist
 from bilevax._operator import LinearOperator, Structure
 
 PyTree = Any
@@ -46,6 +46,13 @@ class Problem(abc.ABC):
     @abc.abstractmethod
     def check(self, x: PyTree, y: PyTree) -> None:
         """Raise a `TypeError` if the function does not fit x; costs nothing at run time."""
+
+    def hoisted(self, x: PyTree, y: PyTree) -> "Problem":
+        """Return an equal problem, with all traced values that its function closes over as leaves.
+
+        x and y give structure, shapes and dtypes; their values do not matter.
+        """
+        return dataclasses.replace(self, function=hoist(self.function, x, y))
 
     def compose(self, change: Partial) -> "Problem":
         """Return the problem G(z, y) = phi_1^T F(phi(z, y), y) = 0, where x = phi(z, y) = change.

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 PyTree = Any
 
@@ -22,6 +23,15 @@ class LinearReport(NamedTuple):
     products: jax.Array
     residual: jax.Array
 
+    @property
+    def contraction(self) -> jax.Array:
+        """The mean factor by which a step changed the residual.
+
+        For `Neumann` it tends to the spectral radius of I - step_size * A, that of T_1 on a fixed
+        point: above 1, the series diverges.
+        """
+        return self.residual ** (1 / jnp.maximum(self.iterations, 1))
+
 
 class SolveReport(NamedTuple):
     """How an inner solve ended.
@@ -40,6 +50,12 @@ class SolveReport(NamedTuple):
     residual: jax.Array
     initial_residual: jax.Array
     correction: LinearReport | None = None
+
+    @property
+    def contraction(self) -> jax.Array:
+        """The mean factor by which a step changed ||F||, which estimates that of a contraction."""
+        ratio = self.residual / self.initial_residual
+        return ratio ** (1 / jnp.maximum(self.iterations, 1))
 
 
 class RuleReport(NamedTuple):

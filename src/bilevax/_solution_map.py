@@ -13,10 +13,12 @@ from bilevax import _loop as loop
 from bilevax import _trees as trees
 from bilevax._closures import as_partial, has_functions, hoist
 from bilevax._failure import OnFailure, guard
+from bilevax._iterative import IterativeRule
 from bilevax._problems import Problem
 from bilevax._results import SolveReport
+from bilevax._separable import per_task, representative
 from bilevax._status import Status, code, is_failure
-from bilevax.rules import Implicit, Rule, Settings
+from bilevax.rules import Implicit, Rule, Settings, correct_tasks, pull_tasks, push_tasks
 from bilevax.solvers import Solver
 
 PyTree = Any
@@ -28,7 +30,7 @@ class SolutionMap:
 
     problem: Problem
     solve: Partial  # (problem, x0, y) -> (x, SolveReport)
-    rule: Rule
+    rule: Rule | IterativeRule
     rtol: Any
     on_failure: OnFailure
 
@@ -49,8 +51,13 @@ class SolutionMap:
         checks.outer_variable(y)
         x0 = trees.as_arrays(x0)
         y = trees.as_arrays(y)
-        self.rule.check_values(x0, y)
-        problem = dataclasses.replace(self.problem, function=hoist(self.problem.function, x0, y))
+        problem = self.problem.hoisted(x0, y)
+        if isinstance(self.rule, IterativeRule):
+            solve = Partial(_iterate, self.solve, Settings(on_failure=forward))
+            if has_functions(self.solve.args):
+                solve = hoist(solve, problem, x0, y)
+            return solve(problem, x0, y)
+        self.rule.check_values(representative(problem, x0)[1], y)
         settings = Settings.following(self.rtol, x0, self.on_failure)
         solve = Partial(
             _solve, self.solve, self.rule, dataclasses.replace(settings, on_failure=forward)
@@ -71,7 +78,7 @@ class SolutionMap:
 def solution_map(
     problem: Problem,
     solver: Solver,
-    rule: Rule | None = None,
+    rule: Rule | IterativeRule | None = None,
     *,
     on_failure: OnFailure = OnFailure.NAN,
 ) -> SolutionMap:
@@ -84,7 +91,8 @@ def solution_map(
     reverse mode to any order. With `Implicit(mode="forward")` so do `jvp`, `jacfwd` and `hessian`.
     Gradients reach y and every traced value that the problem's function closes over. They are zero
     with respect to x0 and to the numbers in `solver` and `rule`: at the solution x* depends on
-    none of them. The memory of a gradient does not depend on the number of iterations.
+    none of them. The memory of a gradient does not depend on the number of iterations. All this is
+    different with `Unrolled()`, which see.
 
     Functions must be pure, as under `jax.jit`, and are compiled once per shape. A function that is
     made anew for every call (a lambda over traced values) is compiled anew outside of `jax.jit`;
@@ -95,7 +103,8 @@ def solution_map(
       solver: a `Solver`, such as `Newton()` or `GradientDescent(0.1)`. A tolerance of it that is
         not set defaults to that of the dtype of x.
       rule: how the derivative is formed at the inexact solution; None is `Implicit()`. Linear
-        solvers in it without a tolerance follow the solver's `rtol`.
+        solvers in it without a tolerance follow the solver's `rtol`. `Unrolled()` differentiates
+        the iterations instead.
       on_failure: what happens when a solve fails. The inner solve fails by divergence, NaN or
         breakdown; running out of `maxiter` is no failure there, for an inexact x is an estimate
         that `with_report` judges. The adjoint solve, which has no report under `jax.grad`, also
@@ -122,8 +131,9 @@ def solution_map(
       D. Cremers, P. Ablin, "Enhancing Hypergradients Estimation", 2024.
     """
     checks.is_component("solver", solver, Solver, "Newton()")
-    rtol = solver.rtol
-    return _make(problem, Partial(_run, solver), rule, rtol, on_failure)
+    if isinstance(rule, IterativeRule):
+        return _make(problem, rule.bind(solver), rule, solver.rtol, on_failure)
+    return _make(problem, Partial(loop.run, solver), rule, solver.rtol, on_failure)
 
 
 def implicit_function(
@@ -160,22 +170,25 @@ def implicit_function(
       >>> float(jax.grad(lambda y: solve(0.0, y))(2.0))
       -0.25
     """
+    if rule is not None:
+        checks.is_component("rule", rule, Rule, "Implicit()")
     solve = Partial(_run_black_box, as_partial("solve_fn", solve_fn))
     return _make(problem, solve, rule, None, on_failure)
 
 
 def _make(
-    problem: Problem, solve: Partial, rule: Rule | None, rtol: Any, on_failure: OnFailure
+    problem: Problem,
+    solve: Partial,
+    rule: Rule | IterativeRule | None,
+    rtol: Any,
+    on_failure: OnFailure,
 ) -> SolutionMap:
     rule = Implicit() if rule is None else rule
     checks.is_component("problem", problem, Problem, "minimum(objective)")
-    checks.is_component("rule", rule, Rule, "Implicit()")
+    if not isinstance(rule, IterativeRule):
+        checks.is_component("rule", rule, Rule, "Implicit()")
     checks.is_component("on_failure", on_failure, OnFailure, "OnFailure.NAN")
     return SolutionMap(problem, solve, rule, rtol, on_failure)
-
-
-def _run(solver: Solver, problem: Problem, x0: PyTree, y: PyTree) -> tuple[PyTree, SolveReport]:
-    return loop.run(solver, problem, x0, y)
 
 
 def _run_black_box(
@@ -199,15 +212,33 @@ def _solve(
 ) -> tuple[PyTree, SolveReport]:
     """Solve, then move to the point at which the rule is evaluated."""
     problem.check(x0, y)
-    rule.check(problem, x0, y)
+    rule.check(*representative(problem, x0), y)
     x, report = solve(problem, x0, y)
-    x, correction = rule.correct(problem, x, y, settings)
+    x, correction = correct_tasks(rule.correct, problem, x, y, settings)
     report = report._replace(correction=correction)
-    x = guard(settings.on_failure, "inner solve", is_failure(report.status), report.status, x)
+    x = _guarded(settings, "inner solve", problem, report.status, x)
     if correction is not None:
-        status = correction.status
-        x = guard(settings.on_failure, "correction of x", is_failure(status), status, x)
+        x = _guarded(settings, "correction of x", problem, correction.status, x)
     return x, report
+
+
+@jax.jit
+def _iterate(
+    run: Partial, settings: Settings, problem: Problem, x0: PyTree, y: PyTree
+) -> tuple[PyTree, SolveReport]:
+    """Solve, in a loop that JAX differentiates."""
+    problem.check(x0, y)
+    x, report = run(problem, x0, y, 0.0)
+    return _guarded(settings, "inner solve", problem, report.status, x), report
+
+
+def _guarded(
+    settings: Settings, what: str, problem: Problem, status: jax.Array, x: PyTree
+) -> PyTree:
+    def guarded(_: Problem, status: jax.Array, x: PyTree) -> PyTree:
+        return guard(settings.on_failure, what, is_failure(status), status, x)
+
+    return per_task(problem, guarded, status, x)
 
 
 @jax.jit
@@ -215,7 +246,9 @@ def _pull(
     rule: Rule, settings: Settings, problem: Problem, x: PyTree, y: PyTree, cotangent: PyTree
 ) -> tuple[Problem, PyTree]:
     """Return cotangents of (problem, y)."""
-    cotangent_problem, cotangent_y, _ = rule.pull(problem, x, y, cotangent, None, settings)
+    cotangent_problem, cotangent_y, _ = pull_tasks(
+        rule.pull, problem, x, y, cotangent, None, settings
+    )
     return cotangent_problem, cotangent_y
 
 
@@ -229,7 +262,7 @@ def _push(
     tangent: tuple[Problem, PyTree],
 ) -> PyTree:
     """Return the tangent of x for a tangent of (problem, y)."""
-    return rule.push(problem, x, y, tangent, settings)
+    return push_tasks(rule.push, problem, x, y, tangent, settings)
 
 
 @jax.custom_vjp

@@ -30,7 +30,7 @@ INDEFINITE = with_spectrum(np.array([-1.0, 0.7, 1.3]))
 ROWS = {
     "CG": (bx.CG(rtol=1e-13, damping=0.3), POSITIVE_DEFINITE, DEFINITE),
     "NormalCG": (bx.NormalCG(rtol=1e-13), GENERAL, NONSYMMETRIC),
-    "Neumann": (bx.Neumann(200), GENERAL, NONSYMMETRIC),
+    "Neumann": (bx.Neumann(200, step_size=1.0), GENERAL, NONSYMMETRIC),
     "GMRES": (bx.GMRES(rtol=1e-13), GENERAL, NONSYMMETRIC),
     "BiCGStab": (bx.BiCGStab(rtol=1e-13), GENERAL, NONSYMMETRIC),
     "Dense, LU": (bx.Dense(damping=0.3), GENERAL, NONSYMMETRIC),

@@ -1,7 +1,7 @@
 """The truncated Neumann series."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,13 @@ from bilevax.linear import _base as base
 PyTree = Any
 
 
+class _State(NamedTuple):
+    v: PyTree
+    r: PyTree  # b - A v
+    norm: jax.Array  # ||r||
+    terms: jax.Array
+
+
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class Neumann(base.LinearSolver):
@@ -24,19 +31,21 @@ class Neumann(base.LinearSolver):
 
         v = step_size * sum over k < steps of (I - step_size * A)^k b
 
-    On a fixed point x = T(x, y), where A = I - T_1, the plain series (`step_size=None`) is the
-    recursion v <- T_1^T v + g_1 of AID-FP. It converges where the spectral radius of
+    On a fixed point x = T(x, y), where A = I - T_1, the plain series with step size 1 is the
+    recursion v <- T_1^T v + g_1 of AID-FP. The series converges where the spectral radius of
     I - step_size * A is below 1, and needs no structure of A. One product per term, the last for
     the residual.
 
     Args:
       steps: number of terms.
-      step_size: scale of A in the series, in the unit of 1 / A; None is 1. For a Hessian with
-        largest eigenvalue L, any value below 2 / L converges and 1 / L is the usual choice.
+      step_size: scale of A in the series, in the unit of 1 / A. None is 1 on a fixed point, and
+        elsewhere 1 / L with L = ||A|| from 20 power iterations: for a Hessian with largest
+        eigenvalue L, any value below 2 / L converges.
       damping: sums the series of A + damping * I.
 
     Returned status:
-      TRUNCATED; DIVERGED where the residual ends above that of the zero vector; NONFINITE.
+      TRUNCATED; DIVERGED where the residual ends above that of the zero vector, at the latest when
+      it has grown by 1 / eps (`report.contraction` then estimates the spectral radius); NONFINITE.
 
     Example:
       >>> import bilevax as bx
@@ -64,6 +73,16 @@ class Neumann(base.LinearSolver):
     def without_limits(self) -> None:
         return None
 
+    def prepare(self, operator: LinearOperator) -> jax.Array:
+        """Return the step size."""
+        unit = jnp.ones((), trees.dtype(operator.like))
+        if self.step_size is not None:
+            return self.step_size * unit
+        if operator.complement is not None:
+            return unit
+        size = _operator_norm(operator)
+        return jnp.where(size > 0, 1 / size, unit)
+
     def solve(
         self,
         operator: LinearOperator,
@@ -76,18 +95,51 @@ class Neumann(base.LinearSolver):
         # The residual after k terms is r_k = (I - step_size * A)^k b, and the next term is
         # step_size * r_k. A guess only changes the first residual; a truncated series is defined
         # by its terms alone, so guesses are not used.
-        def step(_: Any, state: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-            v, r = state
-            if self.step_size is None and operator.complement is not None:
-                return optax.tree.add(v, r), operator.complement(r)
-            step_size = jnp.asarray(1 if self.step_size is None else self.step_size)
-            v = trees.add_scaled(v, step_size, r)
-            return v, trees.add_scaled(r, -step_size, operator.matvec(r))
+        plain = self.step_size is None and operator.complement is not None
+        size = trees.norm(rhs)
+        largest = size / operator.rounding
 
-        v, r = jax.lax.fori_loop(0, self.steps, step, (optax.tree.zeros_like(rhs), rhs))
-        size, residual = trees.norm(rhs), trees.norm(r)
-        relative = residual / jnp.where(size > 0, size, 1)
+        def proceed(state: _State) -> jax.Array:
+            return (state.terms < self.steps) & (state.norm <= largest)
+
+        def step(state: _State) -> _State:
+            if plain:
+                v, r = optax.tree.add(state.v, state.r), operator.complement(state.r)
+            else:
+                v = trees.add_scaled(state.v, prepared, state.r)
+                r = trees.add_scaled(state.r, -prepared, operator.matvec(state.r))
+            return _State(v, r, trees.norm(r), state.terms + 1)
+
+        first = _State(optax.tree.zeros_like(rhs), rhs, size, jnp.zeros((), jnp.int32))
+        v, _, norm, terms = jax.lax.while_loop(proceed, step, first)
+        relative = norm / jnp.where(size > 0, size, 1)
         status = jnp.where(relative < 1, code(Status.TRUNCATED), code(Status.DIVERGED))
-        status = jnp.where(jnp.isfinite(residual), status, code(Status.NONFINITE))
-        steps = jnp.asarray(self.steps, jnp.int32)
-        return v, LinearReport(status, steps, steps, relative)
+        status = jnp.where(jnp.isfinite(norm), status, code(Status.NONFINITE))
+        is_bounded = self.step_size is None and not plain
+        extra = _norm_products(operator) if is_bounded else 0
+        return v, LinearReport(status, terms, terms + extra, relative)
+
+
+_POWER_ITERATIONS = 20
+
+
+def _norm_products(operator: LinearOperator) -> int:
+    return _POWER_ITERATIONS if operator.structure.is_symmetric else 2 * _POWER_ITERATIONS
+
+
+def _operator_norm(operator: LinearOperator) -> jax.Array:
+    """Return ||A|| from below, by power iterations on A, or on A^T A where A is not symmetric."""
+    symmetric = operator.structure.is_symmetric
+
+    def step(_: Any, state: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
+        image = operator.matvec(state[0])
+        size = trees.norm(image)
+        if not symmetric:
+            image = operator.transpose.matvec(image)
+        length = trees.norm(image)
+        return trees.scale(1 / jnp.where(length > 0, length, 1), image), size
+
+    # Any start serves that no symmetry of the problem makes orthogonal to what is looked for.
+    start = optax.tree.random_like(jax.random.key(0), operator.like)
+    start = trees.scale(1 / trees.norm(start), start)
+    return jax.lax.fori_loop(0, _POWER_ITERATIONS, step, (start, trees.norm(start)))[1]

@@ -17,3 +17,6 @@ from bilevax.rules._steps import GradientStep as GradientStep
 from bilevax.rules._steps import JacobiStep as JacobiStep
 from bilevax.rules._steps import NewtonStep as NewtonStep
 from bilevax.rules._steps import Step as Step
+from bilevax.rules._tasks import correct_tasks as correct_tasks
+from bilevax.rules._tasks import pull_tasks as pull_tasks
+from bilevax.rules._tasks import push_tasks as push_tasks

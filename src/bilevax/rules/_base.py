@@ -12,7 +12,9 @@ from bilevax import _trees as trees
 from bilevax._failure import OnFailure
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
+from bilevax._separable import representative
 from bilevax.linear import LinearSolver, default_rtol
+from bilevax.rules._tasks import correct_tasks, pull_tasks, push_tasks
 
 PyTree = Any
 
@@ -192,15 +194,15 @@ def _checked(rule: Rule, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
     checks.outer_variable(y)
     checks.inner_variable(x)
     x = trees.as_arrays(x)
-    rule.check_values(x, y)
+    rule.check_values(representative(problem, x)[1], y)
     return x
 
 
 @jax.jit
 def _refine(rule: Rule, problem: Problem, x: PyTree, y: PyTree) -> Any:
     problem.check(x, y)
-    rule.check(problem, x, y)
-    return rule.correct(problem, x, y, Settings())
+    rule.check(*representative(problem, x), y)
+    return correct_tasks(rule.correct, problem, x, y, Settings())
 
 
 @jax.jit
@@ -208,14 +210,15 @@ def _pullback(
     rule: Rule, problem: Problem, x: PyTree, y: PyTree, cotangent: PyTree, guess: PyTree | None
 ) -> Any:
     problem.check(x, y)
-    rule.check(problem, x, y)
-    _, cotangent_y, report = rule.pull(problem, x, y, cotangent, guess, Settings())
+    rule.check(*representative(problem, x), y)
+    _, cotangent_y, report = pull_tasks(rule.pull, problem, x, y, cotangent, guess, Settings())
     return cotangent_y, report
 
 
 @jax.jit
 def _pushforward(rule: Rule, problem: Problem, x: PyTree, y: PyTree, tangent: PyTree) -> Any:
     problem.check(x, y)
-    rule.check(problem, x, y)
+    rule.check(*representative(problem, x), y)
     still = jax.tree.map(jax.custom_derivatives.zero_from_primal, problem)
-    return rule.push(problem, x, y, (still, tangent), Settings(on_failure=OnFailure.NAN))
+    settings = Settings(on_failure=OnFailure.NAN)
+    return push_tasks(rule.push, problem, x, y, (still, tangent), settings)

@@ -56,8 +56,7 @@ class Implicit(Rule):
     def __post_init__(self) -> None:
         if self.linear_solver is not None:
             checks.is_component("linear_solver", self.linear_solver, LinearSolver, "CG()")
-        if self.mode not in ("reverse", "forward"):
-            raise ValueError(f'`mode` must be "reverse" or "forward", got {self.mode!r}.')
+        checks.mode(self.mode)
 
     def with_linear_solver(self, linear_solver: LinearSolver | None) -> "Implicit":
         return dataclasses.replace(self, linear_solver=linear_solver)

@@ -69,7 +69,8 @@ class Newton(base.Solver):
 
     def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
         evaluation, norm = self.evaluate(problem, x, y)
-        return base.Iterate(x, evaluation, norm, norm, jnp.zeros((), bool))
+        initial_norm = jax.lax.stop_gradient(norm)
+        return base.Iterate(x, evaluation, norm, initial_norm, jnp.zeros((), bool))
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
         optimality = iterate.evaluation.optimality

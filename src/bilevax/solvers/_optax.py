@@ -1,11 +1,14 @@
 """Any Optax optimiser as an inner solver."""
 
 import dataclasses
+import warnings
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 import optax.tree
+from jax.core import Tracer
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
@@ -71,6 +74,27 @@ class Optax(base.Solver):
             functions = (Partial(function) for function in self.transformation)
             wrapped = type(self.transformation)(*functions)
             object.__setattr__(self, "transformation", wrapped)
+
+    def check_differentiable(self, x: PyTree) -> None:
+        zero = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), x)
+        one = jax.tree.map(np.ones_like, zero)
+
+        def update(gradient: PyTree) -> PyTree:
+            return self.transformation.update(gradient, self.transformation.init(zero), zero)[0]
+
+        with jax.ensure_compile_time_eval():
+            try:
+                leaves = jax.tree.leaves(jax.jvp(update, (zero,), (one,))[1])
+            except TypeError:  # it evaluates an objective
+                return
+        # A rate that is traced makes everything traced, and nothing is known here.
+        known = [leaf for leaf in leaves if not isinstance(leaf, Tracer)]
+        if not all(np.all(np.isfinite(leaf)) for leaf in known):
+            warnings.warn(
+                "`Unrolled` differentiates this optimiser, whose derivative is not finite where an "
+                "entry of the gradient is zero. For Adam and its kin set `eps_root=1e-12` or so.",
+                stacklevel=2,
+            )
 
     def evaluate(self, problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, jax.Array]:
         wants_value = isinstance(self.transformation, optax.GradientTransformationExtraArgs)

@@ -1,0 +1,204 @@
+"""Rules that differentiate steps of the solver, not the equation that they solve."""
+
+import abc
+import dataclasses
+import math
+import operator
+from typing import Any
+
+import jax
+from jax.tree_util import Partial
+
+from bilevax import _checks as checks
+from bilevax import _loop as loop
+from bilevax import _trees as trees
+from bilevax._problems import Problem
+from bilevax._results import SolveReport
+from bilevax._separable import per_task
+from bilevax._unroll import Sweep, unroll
+from bilevax.solvers import Solver
+
+PyTree = Any
+
+
+class IterativeRule(abc.ABC):
+    """Base class of rules that differentiate a run of the solver: frozen pytrees.
+
+    They take the place of a `Rule` in `solution_map` and `value_and_hypergradient`. They are no
+    estimators at a point, so nothing wraps them and there is no adjoint system to report on.
+    """
+
+    mode: str
+    """How an engine forms the gradient: "reverse", or "forward" once per entry of y."""
+
+    @abc.abstractmethod
+    def bind(self, solver: Solver) -> Partial:
+        """Return the run of a solver that JAX is to differentiate.
+
+        It is a function of (problem, x0, y, scale) that returns x and a `SolveReport`, as
+        `_loop.run` does.
+        """
+
+
+@trees.register
+@dataclasses.dataclass(frozen=True)
+class Unrolled(IterativeRule):
+    """Iterative differentiation (ITD): the derivative of the run itself, x_T(y).
+
+        x_{k+1} = S(x_k, y),   dx_{k+1}/dy = S_1 dx_k/dy + S_2,   k = 0 ... T - 1
+
+    S is a step of the solver, with its momentum and whatever else it remembers. T is where the
+    solver stops, or its `maxiter`. If S is a contraction by q in x, the error is O(T q^T).
+
+    What the rules see, with d = dim x, T steps, and one gradient of f as the unit of time:
+
+    | rule                      | sees y | sees x0, rates | memory       | time, reverse     |
+    |---------------------------|--------|----------------|--------------|-------------------|
+    | `Implicit()`              | yes    | no (zero)      | d            | T + adjoint solve |
+    | `Unrolled()`              | yes    | yes            | T d          | about 4 T         |
+    | `Unrolled(checkpoints=c)` | yes    | yes            | (c + T/c) d  | about 5 T         |
+    | `Unrolled(last=K)`        | K steps| K steps, not x0| K d          | T + about 6 K     |
+    | `Unrolled(mode="forward")`| yes    | yes            | d per entry  | 2 T per entry     |
+    | `OneStep()`               | 1 step | 1 step, not x0 | d            | T + 3             |
+
+    Kept per step are the iterate, F(x, y) there, and what the solver remembers: never the data that
+    the problem closes over. In reverse mode that is allocated for `maxiter` steps, which must be a
+    Python int; steps after an early stop cost nothing. Line searches have their outcome as a
+    constant; linear solves inside of a step have the derivative of the exact solution.
+
+    Through a `solution_map`, JAX differentiates in any mode and to any order.
+
+    Args:
+      last: differentiate the last steps only (truncated back-propagation); what comes before them
+        is a constant, so the gradient with respect to x0 is zero. None for all. A run that ends
+        before so many steps is differentiated from its start on.
+      checkpoints: iterates kept, from which those between are computed anew. "sqrt" is the root of
+        the number of steps, and memory proportional to it; None keeps all.
+      mode: "reverse", or "forward" for few outer variables and any number of steps. An engine then
+        goes through the entries of y, and a `solution_map` takes `jvp` and `jacfwd` alone.
+
+    Raises:
+      TypeError: if `last` or `checkpoints` is no whole number; and, where the rule meets a solver,
+        if `maxiter` is traced.
+      ValueError: if `last` or `checkpoints` is below 1 or `mode` neither of the two; and, where the
+        rule meets a solver, if `last` is above its `maxiter`.
+
+    Warns:
+      UserWarning: for an Optax optimiser whose derivative is not finite at a zero gradient, as that
+        of Adam with `eps_root=0`.
+
+    Example:
+      >>> import jax
+      >>> import bilevax as bx
+      >>> problem = bx.minimum(lambda x, y: 0.5 * (x - y) ** 2)
+      >>> solver = bx.GradientDescent(0.5, rtol=0.0, atol=0.0, maxiter=3)
+      >>> solve = bx.solution_map(problem, solver, bx.Unrolled())
+      >>> float(jax.grad(solve)(8.0, 1.0))  # with respect to x0: (1 - 1/2)^3
+      0.125
+      >>> float(jax.grad(solve, argnums=1)(8.0, 1.0))
+      0.875
+
+    Source:
+      L. Franceschi, M. Donini, P. Frasconi, M. Pontil, "Forward and Reverse Gradient-Based
+      Hyperparameter Optimization", 2017; A. Shaban, C. Cheng, N. Hatch, B. Boots, "Truncated
+      Back-propagation for Bilevel Optimization", 2019.
+    """
+
+    last: int | None = dataclasses.field(default=None, metadata={"static": True})
+    _: dataclasses.KW_ONLY
+    checkpoints: int | str | None = dataclasses.field(default=None, metadata={"static": True})
+    mode: str = dataclasses.field(default="reverse", metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if self.last is not None:
+            checks.positive("last", self.last, whole=True)
+        if isinstance(self.checkpoints, str):
+            if self.checkpoints != "sqrt":
+                raise ValueError(
+                    f'`checkpoints` must be a whole number, "sqrt" or None, got '
+                    f"{self.checkpoints!r}."
+                )
+        elif self.checkpoints is not None:
+            checks.positive("checkpoints", self.checkpoints, whole=True)
+        checks.mode(self.mode)
+
+    def bind(self, solver: Solver) -> Partial:
+        if self.mode == "forward" and self.last is None:
+            return Partial(_differentiable_run, solver)
+        steps = _whole_maxiter(solver)
+        if self.last is not None and self.last > steps:
+            raise ValueError(
+                f"`last` must not exceed the run: {self.last} steps of at most {steps} "
+                "(`maxiter` of the solver)."
+            )
+        kept = self.checkpoints
+        if kept == "sqrt":
+            kept = math.isqrt(max(self.last or steps, 1))
+        return Partial(_unroll, Sweep(steps, self.last, kept), solver)  # type: ignore[arg-type]
+
+
+@trees.register
+@dataclasses.dataclass(frozen=True)
+class OneStep(IterativeRule):
+    """The derivative of one step of the solver at the solution, with the solution as a constant.
+
+        dx*/dy = S_2(x, y),   x the last iterate and S the first step of the solver from there
+
+    Its error is the contraction factor of S, however accurate x is: small for a fast solver, and
+    zero for `Newton()`, where it is the implicit formula. It costs one step and no linear solve.
+    The step is taken: S(x, y) is what the solution map returns.
+
+    Example:
+      >>> import jax
+      >>> import bilevax as bx
+      >>> problem = bx.minimum(lambda x, y: 0.5 * y * x**2 - x)  # x*(y) = 1 / y
+      >>> solve = bx.solution_map(problem, bx.GradientDescent(0.4), bx.OneStep())
+      >>> round(float(jax.grad(lambda y: solve(0.0, y))(2.0)), 4)  # 80 % of -1/4
+      -0.2
+
+    Source:
+      J. Bolte, E. Pauwels, S. Vaiter, "One-step differentiation of iterative algorithms", 2023.
+    """
+
+    mode: str = dataclasses.field(default="reverse", metadata={"static": True}, init=False)
+
+    def bind(self, solver: Solver) -> Partial:
+        return Partial(_one_step, solver)
+
+
+def _unroll(
+    sweep: Sweep, solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any
+) -> tuple[PyTree, SolveReport]:
+    solver.check_differentiable(x0)
+    return unroll(sweep, solver, problem, x0, y, scale)
+
+
+def _differentiable_run(
+    solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any
+) -> tuple[PyTree, SolveReport]:
+    solver.check_differentiable(x0)
+    x, report = loop.run(solver, problem, x0, y, scale)
+    return x, jax.lax.stop_gradient(report)
+
+
+def _one_step(
+    solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any
+) -> tuple[PyTree, SolveReport]:
+    x, report = jax.lax.stop_gradient(loop.run(solver, problem, x0, y, scale))
+
+    def step(problem: Problem, x: PyTree, report: SolveReport) -> tuple[PyTree, SolveReport]:
+        iterate = solver.step(problem, solver.init(problem, x, y), y)
+        residual = jax.lax.stop_gradient(iterate.residual)
+        return iterate.x, report._replace(iterations=report.iterations + 1, residual=residual)
+
+    return per_task(problem, step, x, report)
+
+
+def _whole_maxiter(solver: Solver) -> int:
+    try:
+        return operator.index(solver.maxiter)
+    except TypeError:
+        raise TypeError(
+            "`Unrolled` must know how long a run can be: `maxiter` of the solver must be a Python "
+            f"int, got {solver.maxiter!r}."
+        ) from None

@@ -1,0 +1,157 @@
+"""Separable inner problems: many independent ones that share y, as one vmapped program."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from bilevax import _checks as checks
+from bilevax import _trees as trees
+from bilevax._closures import hoist
+from bilevax._problems import Problem
+
+PyTree = Any
+
+
+@trees.register
+@dataclasses.dataclass(frozen=True)
+class Separable(Problem):
+    """Independent inner problems F_i(x_i, y) = 0; made by `separable`.
+
+    Attributes:
+      function: the user's function of (x_i, y, task_i).
+      structure: what is declared of the Jacobian of each task.
+      tasks: the data of all tasks, with a leading axis.
+      kind: the class of the problem of one task.
+    """
+
+    tasks: PyTree
+    kind: type[Problem] = dataclasses.field(metadata={"static": True})
+
+    def task(self, data: PyTree) -> Problem:
+        """Return the inner problem of one task."""
+        return self.kind(Partial(_on_task, self.function, data), self.structure)
+
+    def optimality(self, x: PyTree, y: PyTree) -> PyTree:
+        return per_task(self, lambda problem, x: problem.optimality(x, y), x)
+
+    def hoisted(self, x: PyTree, y: PyTree) -> "Separable":
+        function = hoist(self.function, _first(x), y, _first(self.tasks))
+        return dataclasses.replace(self, function=function)
+
+    def check(self, x: PyTree, y: PyTree) -> None:
+        checks.inner_variable(x)
+        count = _count(self.tasks)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+            if jnp.shape(leaf)[:1] != (count,):
+                raise TypeError(
+                    f"`x{jax.tree_util.keystr(path)}` must have a leading axis of {count}, one "
+                    f"entry per task; got {checks.describe(leaf)}."
+                )
+        problem, x = representative(self, x)
+        problem.check(x, y)
+
+
+def separable(problem: Problem, tasks: PyTree) -> Separable:
+    """Pose many independent inner problems that share y: tasks, cross-validation folds, examples.
+
+        x*_i(y) solves F(x_i, y, task_i) = 0 for i = 1 ... n;   x = (x_1, ..., x_n)
+
+    Each task has its own stopping and its own adjoint system, all in one vmapped program: no task
+    waits for tolerances of another, and no stacked system is ever solved. The result equals that of
+    a loop over tasks. Reports have one entry per task.
+
+    In g(x, y), x has the leading axis: whether tasks are summed, averaged or weighted is up to g.
+
+    Args:
+      problem: `minimum(f)`, `root(F)` or `fixed_point(T)` of a function of three arguments,
+        (x_i, y, task_i).
+      tasks: the data of all tasks, a pytree of arrays with a common leading axis. Gradients reach
+        it, as they reach whatever a function closes over.
+
+    Returns:
+      A `Separable`, a problem for `solution_map` and engines whose x has the leading axis too.
+
+    Raises:
+      TypeError: if `problem` is no problem of a single task, or `tasks` has no leading axis; and,
+        once it meets x, if x does not have it.
+      ValueError: if leading axes differ, or there are no tasks.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import bilevax as bx
+      >>> means = bx.minimum(lambda x, y, data: 0.5 * y * (x - data) ** 2 + 0.5 * x**2)
+      >>> problem = bx.separable(means, tasks=jnp.array([1.0, 2.0, 3.0]))
+      >>> solve = bx.solution_map(problem, solver=bx.Newton())
+      >>> [float(x) for x in solve(jnp.zeros(3), 1.0)]
+      [0.5, 1.0, 1.5]
+      >>> float(jax.grad(lambda y: jnp.mean(solve(jnp.zeros(3), y)))(1.0))
+      0.5
+    """
+    checks.is_component("problem", problem, Problem, "minimum(objective)")
+    if isinstance(problem, Separable):
+        raise TypeError("`problem` must be the problem of a single task, got a separable one.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tasks):
+        if jnp.ndim(leaf) == 0:
+            raise TypeError(
+                f"`tasks{jax.tree_util.keystr(path)}` must have a leading axis, one entry per "
+                f"task; got {checks.describe(leaf)}."
+            )
+    counts = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(tasks)}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(
+            "`tasks` must have arrays with one common leading axis that is not empty, "
+            f"got {checks.describe(tasks)}."
+        )
+    tasks = trees.as_arrays(tasks)
+    return Separable(problem.function, problem.structure, tasks, type(problem))
+
+
+def per_task(problem: Problem, function: Callable[..., PyTree], *stacked: PyTree) -> PyTree:
+    """Return function(problem, *stacked), for each task by itself where there are several."""
+    if not isinstance(problem, Separable):
+        return function(problem, *stacked)
+
+    def one(data: PyTree, *arguments: PyTree) -> PyTree:
+        return function(problem.task(data), *arguments)
+
+    return jax.vmap(one)(problem.tasks, *stacked)
+
+
+def representative(problem: Problem, x: PyTree) -> tuple[Problem, PyTree]:
+    """Return the problem of the first task and its x, or what is given if there are no tasks."""
+    if not isinstance(problem, Separable):
+        return problem, x
+    return problem.task(_first(problem.tasks)), _first(x)
+
+
+def spread(problem: Problem, value: Any) -> jax.Array:
+    """Return a number once per task, unless it is that already."""
+    if not isinstance(problem, Separable):
+        return value
+    return jnp.broadcast_to(value, (_count(problem.tasks),))
+
+
+def not_separable(name: str, problem: Problem) -> None:
+    """Raise where the errors of many tasks cannot be told apart."""
+    if isinstance(problem, Separable):
+        raise TypeError(
+            f"`{name}` is about certificates, which judge one inner problem; got a separable one. "
+            "Certify single tasks: `minimum(lambda x, y: f(x, y, task))`."
+        )
+
+
+def _on_task(function: Partial, data: PyTree, x: PyTree, y: PyTree) -> PyTree:
+    return function(x, y, data)
+
+
+def _count(tasks: PyTree) -> int:
+    return jax.tree.leaves(tasks)[0].shape[0]
+
+
+def _first(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[0], tree)

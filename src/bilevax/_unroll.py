@@ -1,0 +1,141 @@
+"""A loop over solver steps that JAX differentiates."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevax import _trees as trees
+from bilevax._loop import Progress, begin, is_running, report
+from bilevax._problems import Problem
+from bilevax._results import SolveReport
+from bilevax._separable import per_task, spread
+from bilevax.solvers import Solver
+
+PyTree = Any
+
+
+@trees.register
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Which steps of a run are differentiated, and what is kept of it for that.
+
+    Attributes:
+      steps: of the longest run.
+      last: only so many steps at the end are differentiated, those before are constants; None for
+        all.
+      checkpoints: how many iterates are kept, between which the others are computed anew; None
+        keeps all.
+    """
+
+    steps: int = dataclasses.field(metadata={"static": True})
+    last: int | None = dataclasses.field(default=None, metadata={"static": True})
+    checkpoints: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+def unroll(
+    sweep: Sweep, solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any = 0.0
+) -> tuple[PyTree, SolveReport]:
+    """Iterate as `run` does, in a loop of bounded length that JAX differentiates in any mode.
+
+    Of each step the iterate alone is kept: what happens inside is computed anew in the backward
+    pass. So is whatever lies between two checkpoints. Steps that are not taken cost nothing, under
+    `jax.vmap` once no lane takes any.
+    """
+
+    def one(problem: Problem, x0: PyTree, scale: jax.Array) -> tuple[PyTree, SolveReport]:
+        return _unroll(sweep, solver, problem, x0, y, scale)
+
+    return per_task(problem, one, x0, spread(problem, scale))
+
+
+def _unroll(
+    sweep: Sweep, solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any
+) -> tuple[PyTree, SolveReport]:
+    first, step = begin(solver, problem, x0, y, scale)
+    length, start, end, running = sweep.steps, first, None, is_running
+    if sweep.last is not None:
+        length = sweep.last
+        before, end = jax.lax.stop_gradient(_until_the_last(first, step, length))
+        # What the solver knows at x depends on y; what it remembers is a constant.
+        iterate = before.iterate
+        knowledge = solver.evaluate(problem, iterate.x, y)
+        iterate = iterate._replace(evaluation=knowledge[0], residual=knowledge[1])
+        start = before._replace(iterate=iterate)
+        total = end.iterations
+
+        def running(progress: Progress) -> jax.Array:
+            return progress.iterations < total
+
+    def one(progress: Progress, _: None) -> tuple[Progress, None]:
+        taken = running(progress)
+        following = jax.lax.cond(_in_any_lane(taken), step, lambda it: it, _without_norm(progress))
+        return trees.where(taken, _without_norm(following), progress), None
+
+    # The condition is inside of what is computed anew: outside, the branches of `cond` would keep
+    # whatever they read, such as the data, for each step.
+    def several(progress: Progress, _: None) -> tuple[Progress, None]:
+        def steps(progress: Progress) -> Progress:
+            return jax.lax.scan(_anew(one), progress, None, length=-(-length // checkpoints))[0]
+
+        taken = _in_any_lane(running(progress))
+        return jax.lax.cond(taken, steps, lambda progress: progress, progress), None
+
+    start = jax.tree.map(jnp.asarray, start)
+    if sweep.checkpoints is None:
+        reached, _ = jax.lax.scan(_anew(one), start, None, length=length)
+    else:
+        checkpoints = max(1, min(sweep.checkpoints, length))
+        reached, _ = jax.lax.scan(_anew(several), start, None, length=checkpoints)
+    x, summary = report(first, reached if end is None else end._replace(iterate=reached.iterate))
+    return x, jax.lax.stop_gradient(summary)
+
+
+def _anew(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the body of a `scan` that keeps nothing but its input for the backward pass."""
+    return jax.checkpoint(body, prevent_cse=False)
+
+
+def _without_norm(progress: Progress) -> Progress:
+    # ||F|| decides when to stop; its derivative, which nobody needs, is not finite at zero.
+    iterate = progress.iterate
+    residual = jax.lax.stop_gradient(iterate.residual)
+    return progress._replace(iterate=iterate._replace(residual=residual))
+
+
+def _until_the_last(
+    first: Progress, step: Callable[[Progress], Progress], last: int
+) -> tuple[Progress, Progress]:
+    """Return a run before its last steps, and at its end.
+
+    Snapshots are taken every `last` steps. The one before the latest is at most twice `last` steps
+    from the end, and the run is repeated from there.
+    """
+
+    def onward(state: tuple[Progress, Progress, Progress]) -> tuple[Progress, Progress, Progress]:
+        progress, older, newer = state
+        due = progress.iterations % last == 0
+        older, newer = trees.where(due, (newer, progress), (older, newer))
+        return step(progress), older, newer
+
+    first = jax.tree.map(jnp.asarray, first)
+    end, older, _ = jax.lax.while_loop(
+        lambda state: is_running(state[0]), onward, (first, first, first)
+    )
+    before = jax.lax.while_loop(
+        lambda progress: progress.iterations < end.iterations - last, step, older
+    )
+    return before, end
+
+
+@jax.custom_batching.custom_vmap
+def _in_any_lane(condition: jax.Array) -> jax.Array:
+    """Tell whether a condition holds in any lane of `jax.vmap`, so that `cond` stays a `cond`."""
+    return condition
+
+
+@_in_any_lane.def_vmap
+def _in_any_lane_of_a_batch(_: Any, is_batched: Any, condition: jax.Array) -> Any:
+    return _in_any_lane(jnp.any(condition, axis=0)), False
