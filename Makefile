@@ -9,7 +9,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # pyright would ask the network whether a newer version exists.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: test demo bench certificates study lint constraints clean
+.PHONY: test demo bench certificates study rates memory equilibrium lint constraints clean
 .NOTPARALLEL: # two installs must not write to .venv at once
 
 # All tests but the slow ones. For every test: make test ARGS='-m ""'
@@ -28,6 +28,16 @@ certificates: $(VENV)/dev.stamp
 
 study: $(VENV)/dev.stamp
 	$(PY) benchmarks/efficiency.py $(ARGS)
+
+# Fitted rates of iterative, implicit and stochastic differentiation beside those of theory.
+rates: $(VENV)/dev.stamp
+	$(PY) benchmarks/rates.py $(ARGS)
+
+memory: $(VENV)/dev.stamp
+	$(PY) benchmarks/memory.py $(ARGS)
+
+equilibrium: $(VENV)/dev.stamp
+	$(PY) benchmarks/equilibrium.py $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check

@@ -167,14 +167,14 @@ class OneStep(IterativeRule):
 
 
 def _unroll(
-    sweep: Sweep, solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any
+    sweep: Sweep, solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any = 0.0
 ) -> tuple[PyTree, SolveReport]:
     solver.check_differentiable(x0)
     return unroll(sweep, solver, problem, x0, y, scale)
 
 
 def _differentiable_run(
-    solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any
+    solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any = 0.0
 ) -> tuple[PyTree, SolveReport]:
     solver.check_differentiable(x0)
     x, report = loop.run(solver, problem, x0, y, scale)
@@ -182,7 +182,7 @@ def _differentiable_run(
 
 
 def _one_step(
-    solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any
+    solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any = 0.0
 ) -> tuple[PyTree, SolveReport]:
     x, report = jax.lax.stop_gradient(loop.run(solver, problem, x0, y, scale))
 

@@ -94,7 +94,9 @@ def sample(
         solved = in_vain & (report.residual <= enough)
         status = jnp.where(solved, code(Status.CONVERGED), report.status)
         start = trees.where(is_first & warm, x, start)
-        return (start, jnp.zeros((), bool)), (g(x, moved), status, report.residual)
+        # Of separable tasks the worst counts.
+        worst = jnp.max(status), jnp.max(report.residual)
+        return (start, jnp.zeros((), bool)), (g(x, moved), *worst)
 
     return jax.lax.scan(solve_anew, (x0, jnp.ones((), bool)), points)[1]
 

@@ -95,7 +95,8 @@ class Neumann(base.LinearSolver):
         # The residual after k terms is r_k = (I - step_size * A)^k b, and the next term is
         # step_size * r_k. A guess only changes the first residual; a truncated series is defined
         # by its terms alone, so guesses are not used.
-        plain = self.step_size is None and operator.complement is not None
+        # v <- v - A v + b without a subtraction where that is at hand, as on a fixed point.
+        plain = operator.complement if self.step_size is None else None
         size = trees.norm(rhs)
         largest = size / operator.rounding
 
@@ -103,8 +104,8 @@ class Neumann(base.LinearSolver):
             return (state.terms < self.steps) & (state.norm <= largest)
 
         def step(state: _State) -> _State:
-            if plain:
-                v, r = optax.tree.add(state.v, state.r), operator.complement(state.r)
+            if plain is not None:
+                v, r = optax.tree.add(state.v, state.r), plain(state.r)
             else:
                 v = trees.add_scaled(state.v, prepared, state.r)
                 r = trees.add_scaled(state.r, -prepared, operator.matvec(state.r))
@@ -115,7 +116,7 @@ class Neumann(base.LinearSolver):
         relative = norm / jnp.where(size > 0, size, 1)
         status = jnp.where(relative < 1, code(Status.TRUNCATED), code(Status.DIVERGED))
         status = jnp.where(jnp.isfinite(norm), status, code(Status.NONFINITE))
-        is_bounded = self.step_size is None and not plain
+        is_bounded = self.step_size is None and plain is None
         extra = _norm_products(operator) if is_bounded else 0
         return v, LinearReport(status, terms, terms + extra, relative)
 
