@@ -23,10 +23,22 @@ PUBLIC = {
 }
 CLASSES = [value for value in PUBLIC.values() if inspect.isclass(value)]
 FUNCTIONS = [name for name, value in PUBLIC.items() if inspect.isfunction(value)]
-COMPONENTS = (bx.Solver, bx.LinearSolver, bx.Rule, bx.Step, bx.Change, bx.Problem)
+COMPONENTS = (
+    bx.Solver,
+    bx.LinearSolver,
+    bx.Rule,
+    bx.IterativeRule,
+    bx.Step,
+    bx.Change,
+    bx.Problem,
+    bx.StochasticProblem,
+    bx.Sampler,
+)
 # What functions hand out, and what solvers hand to the loop: nobody makes these.
 HANDED_OUT = {
     "Certificate",
+    "DescentHistory",
+    "DescentResult",
     "EfficiencyConstant",
     "Engine",
     "Hypergradient",
@@ -36,18 +48,16 @@ HANDED_OUT = {
     "LinearReport",
     "RuleReport",
     "RuleTable",
-    "DescentHistory",
-    "DescentResult",
     "SamplerState",
     "Separable",
+    "SolutionMap",
+    "SolveError",
+    "SolveReport",
     "StochasticEngine",
     "StochasticHypergradient",
     "StochasticProblem",
     "StochasticReport",
     "StochasticState",
-    "SolutionMap",
-    "SolveError",
-    "SolveReport",
     "WarmStart",
 }
 
@@ -158,7 +168,7 @@ LAYERS = [
     {"_estimator"},
     {"certificates"},
     {"stochastic"},
-    {"_solution_map", "_hypergradient"},
+    {"_solution_map", "hypergradient"},
     {"diagnostics"},
     {""},  # the package itself, which exports
     {"demo"},

@@ -11,12 +11,6 @@ F_1, F_2, g_1, g_2 are partial derivatives in the first and in the second argume
 
 from bilevax._failure import OnFailure as OnFailure
 from bilevax._failure import SolveError as SolveError
-from bilevax._hypergradient import Engine as Engine
-from bilevax._hypergradient import Hypergradient as Hypergradient
-from bilevax._hypergradient import HypergradientReport as HypergradientReport
-from bilevax._hypergradient import WarmStart as WarmStart
-from bilevax._hypergradient import cold_start as cold_start
-from bilevax._hypergradient import value_and_hypergradient as value_and_hypergradient
 from bilevax._iterative import IterativeRule as IterativeRule
 from bilevax._iterative import OneStep as OneStep
 from bilevax._iterative import Unrolled as Unrolled
@@ -47,6 +41,12 @@ from bilevax.diagnostics import RuleTable as RuleTable
 from bilevax.diagnostics import assert_hypergradient as assert_hypergradient
 from bilevax.diagnostics import check_hypergradient as check_hypergradient
 from bilevax.diagnostics import recommend_rule as recommend_rule
+from bilevax.hypergradient import Engine as Engine
+from bilevax.hypergradient import Hypergradient as Hypergradient
+from bilevax.hypergradient import HypergradientReport as HypergradientReport
+from bilevax.hypergradient import WarmStart as WarmStart
+from bilevax.hypergradient import cold_start as cold_start
+from bilevax.hypergradient import value_and_hypergradient as value_and_hypergradient
 from bilevax.linear import CG as CG
 from bilevax.linear import GMRES as GMRES
 from bilevax.linear import BiCGStab as BiCGStab

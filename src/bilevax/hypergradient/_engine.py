@@ -1,0 +1,140 @@
+"""Value, hypergradient, warm start and report in one pure function."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jax.tree_util import Partial
+
+from bilevax import _checks as checks
+from bilevax import _trees as trees
+from bilevax._closures import as_partial
+from bilevax._failure import OnFailure
+from bilevax._iterative import IterativeRule
+from bilevax._problems import Problem
+from bilevax._separable import not_separable, representative
+from bilevax.certificates import Accuracy
+from bilevax.hypergradient._evaluate import evaluate, evaluate_run
+from bilevax.hypergradient._results import Hypergradient, WarmStart
+from bilevax.rules import Implicit, Rule
+from bilevax.solvers import Solver
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """A pure function (y, warm) -> `Hypergradient`; made by `value_and_hypergradient`."""
+
+    outer: Partial
+    problem: Problem
+    solver: Solver
+    rule: Rule | IterativeRule
+    accuracy: Accuracy | None
+    has_aux: bool
+    on_failure: OnFailure
+
+    def __call__(self, y: PyTree, warm: WarmStart) -> Hypergradient:
+        """Return value, hypergradient, next warm start and report at y."""
+        if not isinstance(warm, WarmStart):
+            raise TypeError(
+                f"`warm` must be a WarmStart, for example `cold_start(x0)`; got {warm!r}."
+            )
+        checks.inner_variable(warm.x, "warm.x")
+        checks.outer_variable(y)
+        warm, y = trees.as_arrays(warm), trees.as_arrays(y)
+        for name in ("adjoint", "start"):
+            checks.same_structure(
+                f"warm.{name}", getattr(warm, name), warm.x, expected="warm.x", argument=True
+            )
+        if isinstance(self.rule, IterativeRule):
+            return evaluate_run(
+                self.outer,
+                self.problem,
+                self.rule.bind(self.solver),
+                y,
+                warm,
+                forward=self.rule.mode == "forward",
+                has_aux=self.has_aux,
+                on_failure=self.on_failure,
+            )
+        self.rule.check_values(representative(self.problem, warm.x)[1], y)
+        return evaluate(
+            self.outer,
+            self.problem,
+            self.solver,
+            self.rule,
+            self.accuracy,
+            y,
+            warm,
+            has_aux=self.has_aux,
+            on_failure=self.on_failure,
+        )
+
+
+def value_and_hypergradient(
+    outer: Callable[..., Any],
+    problem: Problem,
+    solver: Solver,
+    rule: Rule | IterativeRule | None = None,
+    *,
+    accuracy: Accuracy | None = None,
+    has_aux: bool = False,
+    on_failure: OnFailure = OnFailure.RETURN,
+) -> Engine:
+    """Make the explicit engine: value and hypergradient of h(y) = g(x*(y), y).
+
+        engine = value_and_hypergradient(outer, problem, solver=..., rule=...)
+        result = engine(y, cold_start(x0))
+        result = engine(y, result.warm)
+
+    The gradient is Omega(x, y) = g_2 + (dx*/dy)^T g_1 at the point x of the rule. Unlike `jax.grad`
+    through a `solution_map`, the engine starts both solves from the last ones and reports on both.
+    It is pure and compiled once per shape; `jit`, `vmap` and `scan` go through it. For derivatives
+    of the gradient use a `solution_map`.
+
+    Args:
+      outer: g, a function of (x, y) that returns a real scalar; with `has_aux=True` a pair of it
+        and any pytree.
+      problem: `minimum(f)`, `root(F)` or `fixed_point(T)`.
+      solver: the inner `Solver`.
+      rule: how the derivative is formed; None is `Implicit()`. `Unrolled()` differentiates the run
+        from the warm start on, which is a constant.
+      accuracy: `RelativeAccuracy(value)` or `AbsoluteAccuracy(value)`. In place of its `rtol`, the
+        inner solver then runs on until a certificate says that the hypergradient is that accurate;
+        `maxiter` and `atol` still bound it. Linear solves without a tolerance of their own follow
+        the accuracy.
+      has_aux: whether `outer` returns a pair.
+      on_failure: by default results are returned as they are and the report tells; see
+        `solution_map`.
+
+    Returns:
+      An `Engine`, called as engine(y, warm), which returns a `Hypergradient`.
+
+    Raises:
+      TypeError: for a wrong kind of argument; for an accuracy where there are no certificates; and,
+        at the first call, if `outer` does not return a scalar or the problem does not fit x.
+
+    Example:
+      >>> import bilevax as bx
+      >>> problem = bx.minimum(lambda x, y: 0.5 * y * x**2 - x)  # x*(y) = 1 / y
+      >>> engine = bx.value_and_hypergradient(lambda x, y: x, problem, solver=bx.Newton())
+      >>> result = engine(2.0, bx.cold_start(0.0))
+      >>> float(result.value), float(result.gradient)
+      (0.5, -0.25)
+    """
+    rule = Implicit() if rule is None else rule
+    outer = as_partial("outer", outer)
+    checks.is_component("problem", problem, Problem, "minimum(objective)")
+    checks.is_component("solver", solver, Solver, "Newton()")
+    if not isinstance(rule, IterativeRule):
+        checks.is_component("rule", rule, Rule, "Implicit()")
+    if accuracy is not None:
+        checks.is_component("accuracy", accuracy, Accuracy, "RelativeAccuracy(1e-2)")
+        if isinstance(rule, IterativeRule):
+            raise TypeError(
+                f"`accuracy` needs a rule with certificates, such as `Implicit()`; got {rule!r}."
+            )
+        not_separable("accuracy", problem)
+    checks.is_component("on_failure", on_failure, OnFailure, "OnFailure.RETURN")
+    return Engine(outer, problem, solver, rule, accuracy, has_aux, on_failure)
