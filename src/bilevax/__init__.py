@@ -7,6 +7,21 @@ F_1, F_2, g_1, g_2 are partial derivatives in the first and in the second argume
 
 `solution_map` makes y -> x*(y) a function that `jax.grad`, `jax.vmap` and `jax.jit` go through;
 `value_and_hypergradient` returns the gradient of h with a report. See the README for a tour.
+
+The family of estimators, with d = dim x, T inner steps that contract by q, k steps of the adjoint
+solve (p < q for conjugate gradients), K steps differentiated, J batches; time in gradients of f:
+
+| estimator                                | memory      | time        | error              |
+|------------------------------------------|-------------|-------------|--------------------|
+| `Implicit()`                             | d           | T + 2 k     | q^T + p^k          |
+| `Preconditioned(Implicit(), NewtonStep())` | d         | T + 4 k     | (q^T)^2 + p^k      |
+| `Implicit(Neumann(k))`                   | d           | T + 2 k     | q^T + q^k          |
+| `Unrolled()`                             | T d         | 4 T         | T q^T              |
+| `Unrolled(checkpoints="sqrt")`           | sqrt(T) d   | 5 T         | T q^T              |
+| `Unrolled(last=K)`                       | K d         | T + 6 K     | q^T + q^K          |
+| `Unrolled(mode="forward")`               | d per entry | 2 T per entry | T q^T            |
+| `OneStep()`                              | d           | T + 3       | q                  |
+| `stochastic_hypergradient(...)`          | d           | batches     | squared: 1/T + 1/k + 1/J |
 """
 
 from bilevax._failure import OnFailure as OnFailure

@@ -36,9 +36,11 @@ def average(
         (mean, spread), state = carry
         sample, state = draw(state)
         deviation = optax.tree.sub(sample, mean)
-        mean = jax.tree.map(lambda u, d: u + d / jnp.asarray(index + 1, d.dtype), mean, deviation)
+        # In this form of Welford's update, rounding cannot make a spread negative.
+        share = 1 / jnp.asarray(index + 1, jnp.result_type(float))
+        mean = trees.add_scaled(mean, share, deviation)
         spread = jax.tree.map(
-            lambda s, d, u, w: s + jnp.sum(d * (u - w)), spread, deviation, sample, mean
+            lambda s, d: s + jnp.asarray(1 - share, d.dtype) * jnp.sum(d**2), spread, deviation
         )
         return Average(mean, spread), state
 
