@@ -65,6 +65,7 @@ class Unrolled(IterativeRule):
     the problem closes over. In reverse mode that is allocated for `maxiter` steps, which must be a
     Python int; steps after an early stop cost nothing. Line searches have their outcome as a
     constant; linear solves inside of a step have the derivative of the exact solution.
+    The derivative is that of the run, however short: from a start at the solution it is zero.
 
     Through a `solution_map`, JAX differentiates in any mode and to any order.
 

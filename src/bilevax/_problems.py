@@ -160,7 +160,7 @@ class FixedPoint(Problem):
 
 
 def minimum(
-    objective: Callable[[PyTree, PyTree], jax.Array],
+    objective: Callable[..., jax.Array],
     *,
     structure: Structure = Structure.POSITIVE_DEFINITE,
 ) -> Minimum:
@@ -194,7 +194,7 @@ def minimum(
 
 
 def root(
-    residual: Callable[[PyTree, PyTree], PyTree],
+    residual: Callable[..., PyTree],
     *,
     structure: Structure = Structure.GENERAL,
 ) -> Root:
@@ -223,7 +223,7 @@ def root(
 
 
 def fixed_point(
-    map: Callable[[PyTree, PyTree], PyTree],
+    map: Callable[..., PyTree],
     *,
     structure: Structure = Structure.GENERAL,
 ) -> FixedPoint:

@@ -15,7 +15,8 @@ class LinearReport(NamedTuple):
       status: a `Status` code, int32.
       iterations: steps taken, int32; -1 where the underlying library does not say.
       products: products with A, int32; -1 where the underlying library does not say.
-      residual: ||b - A v|| / ||b||, measured with one product at the v returned, without unit.
+      residual: ||b - A v|| / ||b||, measured with one product at the v returned, without unit; for
+        `Neumann` at the sum without its last term.
     """
 
     status: jax.Array

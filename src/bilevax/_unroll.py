@@ -55,47 +55,59 @@ def _unroll(
     sweep: Sweep, solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any
 ) -> tuple[PyTree, SolveReport]:
     first, step = begin(solver, problem, x0, y, scale)
-    length, start, end, running = sweep.steps, first, None, is_running
-    if sweep.last is not None:
-        length = sweep.last
-        before, end = jax.lax.stop_gradient(_until_the_last(first, step, length))
+    if sweep.last is None:
+        end = _iterate(step, is_running, first, sweep.steps, sweep.checkpoints)
+    else:
+        before, end = jax.lax.stop_gradient(_until_the_last(first, step, sweep.last))
         # What the solver knows at x depends on y; what it remembers is a constant.
         iterate = before.iterate
-        knowledge = solver.evaluate(problem, iterate.x, y)
-        iterate = iterate._replace(evaluation=knowledge[0], residual=knowledge[1])
-        start = before._replace(iterate=iterate)
-        total = end.iterations
-
-        def running(progress: Progress) -> jax.Array:
-            return progress.iterations < total
-
-    def one(progress: Progress, _: None) -> tuple[Progress, None]:
-        taken = running(progress)
-        following = jax.lax.cond(_in_any_lane(taken), step, lambda it: it, _without_norm(progress))
-        return trees.where(taken, _without_norm(following), progress), None
-
-    # The condition is inside of what is computed anew: outside, the branches of `cond` would keep
-    # whatever they read, such as the data, for each step.
-    def several(progress: Progress, _: None) -> tuple[Progress, None]:
-        def steps(progress: Progress) -> Progress:
-            return jax.lax.scan(_anew(one), progress, None, length=-(-length // checkpoints))[0]
-
-        taken = _in_any_lane(running(progress))
-        return jax.lax.cond(taken, steps, lambda progress: progress, progress), None
-
-    start = jax.tree.map(jnp.asarray, start)
-    if sweep.checkpoints is None:
-        reached, _ = jax.lax.scan(_anew(one), start, None, length=length)
-    else:
-        checkpoints = max(1, min(sweep.checkpoints, length))
-        reached, _ = jax.lax.scan(_anew(several), start, None, length=checkpoints)
-    x, summary = report(first, reached if end is None else end._replace(iterate=reached.iterate))
+        evaluation, residual = solver.evaluate(problem, iterate.x, y)
+        iterate = iterate._replace(evaluation=evaluation, residual=residual)
+        reached = _iterate(
+            step,
+            lambda progress: progress.iterations < end.iterations,
+            before._replace(iterate=iterate),
+            sweep.last,
+            sweep.checkpoints,
+        )
+        end = end._replace(iterate=reached.iterate)
+    x, summary = report(first, end)
     return x, jax.lax.stop_gradient(summary)
 
 
-def _anew(body: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the body of a `scan` that keeps nothing but its input for the backward pass."""
-    return jax.checkpoint(body, prevent_cse=False)
+def _iterate(
+    step: Callable[[Progress], Progress],
+    is_due: Callable[[Progress], jax.Array],
+    start: Progress,
+    length: int,
+    checkpoints: int | None,
+) -> Progress:
+    """Take steps while they are due, at most `length`, in a loop that JAX differentiates."""
+
+    def one(progress: Progress, _: None) -> tuple[Progress, None]:
+        due, progress = is_due(progress), _without_norm(progress)
+        following = jax.lax.cond(_in_any_lane(due), step, _stay, progress)
+        return trees.where(due, _without_norm(following), progress), None
+
+    def several(progress: Progress, _: None) -> tuple[Progress, None]:
+        due = _in_any_lane(is_due(progress))
+        count = -(-length // segments)
+        return jax.lax.cond(due, lambda start: scan(one, start, count), _stay, progress), None
+
+    # What is kept of a body is its input. A `cond` outside of it would keep whatever its branches
+    # read, such as the data, for each step.
+    def scan(body: Callable[..., Any], start: Progress, count: int) -> Progress:
+        return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start, None, length=count)[0]
+
+    start = jax.tree.map(jnp.asarray, start)
+    if checkpoints is None:
+        return scan(one, start, length)
+    segments = max(1, min(checkpoints, length))
+    return scan(several, start, segments)
+
+
+def _stay(progress: Progress) -> Progress:
+    return progress
 
 
 def _without_norm(progress: Progress) -> Progress:

@@ -33,8 +33,8 @@ class Neumann(base.LinearSolver):
 
     On a fixed point x = T(x, y), where A = I - T_1, the plain series with step size 1 is the
     recursion v <- T_1^T v + g_1 of AID-FP. The series converges where the spectral radius of
-    I - step_size * A is below 1, and needs no structure of A. One product per term, the last for
-    the residual.
+    I - step_size * A is below 1, and needs no structure of A. One product per term but the first;
+    so the residual that is reported is that of the sum without its last term, which is larger.
 
     Args:
       steps: number of terms.
@@ -46,6 +46,7 @@ class Neumann(base.LinearSolver):
     Returned status:
       TRUNCATED; DIVERGED where the residual ends above that of the zero vector, at the latest when
       it has grown by 1 / eps (`report.contraction` then estimates the spectral radius); NONFINITE.
+      `iterations` counts products.
 
     Example:
       >>> import bilevax as bx
@@ -93,15 +94,15 @@ class Neumann(base.LinearSolver):
         transposed: bool,
     ) -> tuple[PyTree, LinearReport]:
         # The residual after k terms is r_k = (I - step_size * A)^k b, and the next term is
-        # step_size * r_k. A guess only changes the first residual; a truncated series is defined
-        # by its terms alone, so guesses are not used.
+        # step_size * r_k: the last one costs no product. A guess only changes the first residual; a
+        # truncated series is defined by its terms alone, so guesses are not used.
         # v <- v - A v + b without a subtraction where that is at hand, as on a fixed point.
         plain = operator.complement if self.step_size is None else None
         size = trees.norm(rhs)
         largest = size / operator.rounding
 
         def proceed(state: _State) -> jax.Array:
-            return (state.terms < self.steps) & (state.norm <= largest)
+            return (state.terms < self.steps - 1) & (state.norm <= largest)
 
         def step(state: _State) -> _State:
             if plain is not None:
@@ -112,9 +113,10 @@ class Neumann(base.LinearSolver):
             return _State(v, r, trees.norm(r), state.terms + 1)
 
         first = _State(optax.tree.zeros_like(rhs), rhs, size, jnp.zeros((), jnp.int32))
-        v, _, norm, terms = jax.lax.while_loop(proceed, step, first)
+        v, r, norm, terms = jax.lax.while_loop(proceed, step, first)
+        v = trees.add_scaled(v, prepared, r)
         relative = norm / jnp.where(size > 0, size, 1)
-        status = jnp.where(relative < 1, code(Status.TRUNCATED), code(Status.DIVERGED))
+        status = jnp.where(relative <= 1, code(Status.TRUNCATED), code(Status.DIVERGED))
         status = jnp.where(jnp.isfinite(norm), status, code(Status.NONFINITE))
         is_bounded = self.step_size is None and plain is None
         extra = _norm_products(operator) if is_bounded else 0

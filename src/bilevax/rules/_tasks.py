@@ -45,7 +45,7 @@ def pull_tasks(
         return jax.tree.map(_without_float0, (function, data, cotangent_y)), report
 
     (functions, tasks, ys), report = per_task(problem, one, x, cotangent, guess)
-    # XLA turns a sum of outer products into one product of matrices.
+    # XLA fuses the sum with what is summed: nothing is kept per task.
     total = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), (functions, ys))
     function, cotangent_y = jax.tree.map(_with_float0, total, (problem.function, y))
     tasks = jax.tree.map(_with_float0, tasks, problem.tasks)
