@@ -121,6 +121,31 @@ def fixed_point_map(function, n):
     return bx.solution_map(bx.fixed_point(function), solver, bx.Implicit(bx.Neumann(steps=20)))
 
 
+def unrolled_map(objective, n, rule=None):
+    # The number of steps is a part of the program.
+    solver = bx.GradientDescent(n["rate"], n["rtol"], 1e-12, 50)
+    rule = bx.Unrolled(checkpoints="sqrt") if rule is None else rule
+    return bx.solution_map(bx.minimum(objective), solver, rule)
+
+
+def unrolled_engine(objective, n):
+    def run(y):
+        solver = bx.GradientDescent(n["rate"], n["rtol"], 1e-12, 50)
+        engine = bx.value_and_hypergradient(
+            outer_loss, bx.minimum(objective), solver, bx.Unrolled(3)
+        )
+        return engine(y, engine(y, bx.cold_start(X0)).warm)
+
+    return run
+
+
+def separable_map(objective, n, rule=None):
+    tasks = n["rate"] * np.ones((2, 2))
+    problem = bx.separable(bx.minimum(objective), tasks)
+    solve = bx.solution_map(problem, solver_with(n), rule)
+    return lambda y: jax.grad(lambda y: jnp.sum(solve(np.zeros((2, 2)), y) ** 2))(y)
+
+
 def black_box(function, n):
     rule = bx.Implicit(bx.CG(n["rtol"], damping=n["damping"]))
     return bx.implicit_function(bx.minimum(function), closed_form, rule)
@@ -188,6 +213,11 @@ CALLS = {
     ),
     "implicit_function": (loss, lambda f, n: gradient_of(black_box(f, n))),
     "engine": (loss, engine_of),
+    "unrolled": (loss, lambda f, n: gradient_of(unrolled_map(f, n))),
+    "last steps": (loss, lambda f, n: gradient_of(unrolled_map(f, n, bx.Unrolled(2)))),
+    "one step": (loss, lambda f, n: gradient_of(unrolled_map(f, n, bx.OneStep()))),
+    "unrolled engine": (loss, unrolled_engine),
+    "separable": (lambda x, y, task: loss(x, y + task), separable_map),
     "pullback": (loss, pullback),
     "refine and pushforward": (loss, refine_and_push),
 }

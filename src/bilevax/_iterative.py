@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import math
 import operator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax.tree_util import Partial
@@ -28,7 +28,7 @@ class IterativeRule(abc.ABC):
     estimators at a point, so nothing wraps them and there is no adjoint system to report on.
     """
 
-    mode: str
+    mode: Any
     """How an engine forms the gradient: "reverse", or "forward" once per entry of y."""
 
     @abc.abstractmethod
@@ -61,6 +61,9 @@ class Unrolled(IterativeRule):
     | `Unrolled(mode="forward")`| yes    | yes            | d per entry  | 2 T per entry     |
     | `OneStep()`               | 1 step | 1 step, not x0 | d            | T + 3             |
 
+    Steps of `Optax(optax.lbfgs())`, and of other line searches of Optax, loop inside: they go in
+    forward mode only.
+
     Kept per step are the iterate, F(x, y) there, and what the solver remembers: never the data that
     the problem closes over. In reverse mode that is allocated for `maxiter` steps, which must be a
     Python int; steps after an early stop cost nothing. Line searches have their outcome as a
@@ -68,6 +71,9 @@ class Unrolled(IterativeRule):
     The derivative is that of the run, however short: from a start at the solution it is zero.
 
     Through a `solution_map`, JAX differentiates in any mode and to any order.
+
+    In an engine the run starts at the warm start, a constant: use a fixed number of steps there
+    (`rtol=0, atol=0`), or what is solved already leaves nothing to differentiate.
 
     Args:
       last: differentiate the last steps only (truncated back-propagation); what comes before them
@@ -147,7 +153,11 @@ class OneStep(IterativeRule):
 
     Its error is the contraction factor of S, however accurate x is: small for a fast solver, and
     zero for `Newton()`, where it is the implicit formula. It costs one step and no linear solve.
-    The step is taken: S(x, y) is what the solution map returns.
+    Steps of unit length, as the first ones of Adam are, have no such derivative.
+
+    Raises:
+      TypeError: where it meets a solver with a line search other than `Newton`: rounding decides
+        about the length of its steps at a solution.
 
     Example:
       >>> import jax
@@ -161,7 +171,7 @@ class OneStep(IterativeRule):
       J. Bolte, E. Pauwels, S. Vaiter, "One-step differentiation of iterative algorithms", 2023.
     """
 
-    mode: str = dataclasses.field(default="reverse", metadata={"static": True}, init=False)
+    mode: ClassVar[Any] = "reverse"
 
     def bind(self, solver: Solver) -> Partial:
         return Partial(_one_step, solver)
@@ -187,12 +197,12 @@ def _one_step(
 ) -> tuple[PyTree, SolveReport]:
     x, report = jax.lax.stop_gradient(loop.run(solver, problem, x0, y, scale))
 
-    def step(problem: Problem, x: PyTree, report: SolveReport) -> tuple[PyTree, SolveReport]:
-        iterate = solver.step(problem, solver.init(problem, x, y), y)
-        residual = jax.lax.stop_gradient(iterate.residual)
-        return iterate.x, report._replace(iterations=report.iterations + 1, residual=residual)
+    def step(problem: Problem, x: PyTree) -> PyTree:
+        following = solver.one_step(problem, x, y)
+        # The value of x is that of the run, which the report is about.
+        return jax.tree.map(lambda x, u: x + (u - jax.lax.stop_gradient(u)), x, following)
 
-    return per_task(problem, step, x, report)
+    return per_task(problem, step, x), report
 
 
 def _whole_maxiter(solver: Solver) -> int:

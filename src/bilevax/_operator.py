@@ -71,7 +71,13 @@ class LinearOperator:
 
     def damped(self, damping: Any) -> "LinearOperator":
         """Return the operator A + damping * I."""
-        return self.with_matvec(lambda v: trees.add_scaled(self.matvec(v), damping, v))
+        damped = self.with_matvec(lambda v: trees.add_scaled(self.matvec(v), damping, v))
+        complement = self.complement
+        if complement is None:
+            return damped
+        return dataclasses.replace(
+            damped, complement=lambda v: trees.add_scaled(complement(v), -damping, v)
+        )
 
     def with_matvec(self, matvec: Callable[[PyTree], PyTree]) -> "LinearOperator":
         """Return an operator of the same structure on the same vectors."""

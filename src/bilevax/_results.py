@@ -56,7 +56,8 @@ class SolveReport(NamedTuple):
     def contraction(self) -> jax.Array:
         """The mean factor by which a step changed ||F||, which estimates that of a contraction."""
         ratio = self.residual / self.initial_residual
-        return ratio ** (1 / jnp.maximum(self.iterations, 1))
+        factor = ratio ** (1 / jnp.maximum(self.iterations, 1))
+        return jnp.where(self.iterations > 0, factor, 1)  # a start at the solution is 0 / 0
 
 
 class RuleReport(NamedTuple):

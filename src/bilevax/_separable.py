@@ -39,11 +39,17 @@ class Separable(Problem):
         return per_task(self, lambda problem, x: problem.optimality(x, y), x)
 
     def hoisted(self, x: PyTree, y: PyTree) -> "Separable":
+        self._check_axis(x)
         function = hoist(self.function, _first(x), y, _first(self.tasks))
         return dataclasses.replace(self, function=function)
 
     def check(self, x: PyTree, y: PyTree) -> None:
         checks.inner_variable(x)
+        self._check_axis(x)
+        problem, x = representative(self, x)
+        problem.check(x, y)
+
+    def _check_axis(self, x: PyTree) -> None:
         count = _count(self.tasks)
         for path, leaf in jax.tree_util.tree_leaves_with_path(x):
             if jnp.shape(leaf)[:1] != (count,):
@@ -51,8 +57,6 @@ class Separable(Problem):
                     f"`x{jax.tree_util.keystr(path)}` must have a leading axis of {count}, one "
                     f"entry per task; got {checks.describe(leaf)}."
                 )
-        problem, x = representative(self, x)
-        problem.check(x, y)
 
 
 def separable(problem: Problem, tasks: PyTree) -> Separable:
@@ -96,6 +100,11 @@ def separable(problem: Problem, tasks: PyTree) -> Separable:
     if isinstance(problem, Separable):
         raise TypeError("`problem` must be the problem of a single task, got a separable one.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(tasks):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise TypeError(
+                f"`tasks{jax.tree_util.keystr(path)}` is complex; only real arrays are supported. "
+                "Pass the real and imaginary parts as two leaves."
+            )
         if jnp.ndim(leaf) == 0:
             raise TypeError(
                 f"`tasks{jax.tree_util.keystr(path)}` must have a leading axis, one entry per "
@@ -126,6 +135,7 @@ def representative(problem: Problem, x: PyTree) -> tuple[Problem, PyTree]:
     """Return the problem of the first task and its x, or what is given if there are no tasks."""
     if not isinstance(problem, Separable):
         return problem, x
+    problem._check_axis(x)
     return problem.task(_first(problem.tasks)), _first(x)
 
 

@@ -196,10 +196,14 @@ def _run_black_box(
 ) -> tuple[PyTree, SolveReport]:
     x = trees.as_arrays(solve_fn(x0, y))
     checks.same_structure("solve_fn", x, x0, expected="x0")
-    norm = trees.norm(problem.optimality(x, y))
-    initial_norm = trees.norm(problem.optimality(x0, y))
-    status = jnp.where(jnp.isfinite(norm), code(Status.TRUNCATED), code(Status.NONFINITE))
-    return x, SolveReport(status, jnp.ones((), jnp.int32), norm, initial_norm)
+
+    def report(problem: Problem, x: PyTree, x0: PyTree) -> SolveReport:
+        norm = trees.norm(problem.optimality(x, y))
+        initial_norm = trees.norm(problem.optimality(x0, y))
+        status = jnp.where(jnp.isfinite(norm), code(Status.TRUNCATED), code(Status.NONFINITE))
+        return SolveReport(status, jnp.ones((), jnp.int32), norm, initial_norm)
+
+    return x, per_task(problem, report, x, x0)
 
 
 # The three pieces below are compiled once per shape, in eager mode too. They take everything they

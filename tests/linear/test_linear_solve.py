@@ -188,10 +188,15 @@ class Halving(bx.LinearSolver):
         return rhs / 2, bx.LinearReport(status, one, one, self.atol * jnp.ones(()))
 
 
-def test_a_solver_of_ones_own_sees_a_right_hand_side_of_unit_size():
-    v, report = solve(Halving(atol=8.0), 2 * np.eye(2), np.array([4.0, -2.0]))
+def test_a_solver_of_ones_own_sees_a_right_hand_side_of_moderate_size():
+    b = np.array([4.0, -2.0])
+    v, report = solve(Halving(atol=8.0), 2 * np.eye(2), b)
     np.testing.assert_array_equal(v, [2.0, -1.0])
-    assert report.residual == 2.0  # the absolute tolerance, in the unit of the scaled b
+    assert report.residual == 8.0  # the absolute tolerance, in the unit of the scaled b
+    for size in (2.0**600, 2.0**-600):
+        v, report = solve(Halving(atol=8.0 * size), 2 * np.eye(2), size * b)
+        np.testing.assert_array_equal(v, size * np.array([2.0, -1.0]))
+        assert report.residual == 1.0  # of b / 2^603
 
 
 @pytest.mark.parametrize(
@@ -301,3 +306,23 @@ def test_without_lineax_the_adapter_says_what_to_install():
         [sys.executable, "-c", WITHOUT_LINEAX], capture_output=True, text=True, check=True
     )
     assert "install it with `pip install bilevax[lineax]`" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "solver", [bx.GMRES(), bx.Dense(), bx.CG()], ids=lambda s: type(s).__name__
+)
+def test_a_right_hand_side_that_is_rounding_alone(solver):
+    """Compiled into the same program as b, a solve is normalised by the b that it solves for.
+
+    If b = y x - 1 were computed twice, once rounded to 0 and once not, v would be of size 1.
+    """
+    y = np.random.default_rng(0).uniform(0.2, 5.0, 64)
+    x = 1 / y
+
+    def solve(x, y):
+        b = y * x - 1
+        operator = bx.LinearOperator(lambda v: y * v, bx.Structure.GENERAL, b)
+        return bx.linear_solve(operator, b, solver)[0]
+
+    v = jax.jit(jax.vmap(solve))(x, y)
+    np.testing.assert_allclose(v, np.zeros(64), atol=1e-14)  # |b| < 3e-16 and 1 / y <= 5

@@ -9,7 +9,7 @@ import scipy.optimize
 
 import bilevax as bx
 from bilevax import Status
-from tests.solvers.problems import MIX, SMOOTH, smooth, solve
+from tests.solvers.problems import MIX, ROSENBROCK, SMOOTH, smooth, solve
 
 Y = np.array([0.5, -1.0, 0.3])
 START = np.array([0.4, 0.2, -0.7])
@@ -111,3 +111,52 @@ def test_solvers_are_frozen_pytrees_that_survive_a_round_trip(solver):
     assert jax.tree.flatten(jax.tree.unflatten(structure, leaves)) == (leaves, structure)
     with pytest.raises(AttributeError, match="cannot assign"):
         solver.rtol = 0.1
+
+
+EVALUATED = {
+    **{name: (SMOOTH, solver) for name, solver in ALL.items()},
+    "Newton on a root": (ROOT, bx.Newton(bx.Dense(), **SET)),
+    "GradientDescent on a fixed point": (FIXED_POINT, bx.GradientDescent(0.4, **SET)),
+    "Anderson on a fixed point": (FIXED_POINT, bx.FixedPointIteration(memory=2, **SET)),
+    "momentum": (SMOOTH, bx.Optax(optax.sgd(0.2, momentum=0.5), **SET)),
+    "L-BFGS": (SMOOTH, bx.Optax(optax.lbfgs(), **SET)),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_what_a_solver_knows_at_x_depends_on_x_and_y_alone(name):
+    """Whoever holds x can evaluate it anew: iterates carry nothing else but what they remember."""
+    problem, solver = EVALUATED[name]
+
+    @jax.jit
+    def iterates(x, y):
+        first = solver.init(problem, x, y)
+        second = solver.step(problem, first, y)
+        third = solver.step(problem, second, y)
+        anew = [solver.evaluate(problem, it.x, y) for it in (first, second, third)]
+        return (first, second, third), anew
+
+    visited, anew = iterates(START, Y)
+    assert not np.allclose(visited[0].x, visited[1].x)
+    optimality = {
+        SMOOTH: jax.jit(jax.grad(smooth)),
+        ROOT: residual,
+        FIXED_POINT: lambda x, y: x - mapping(x, y),
+    }[problem]
+    for iterate, (evaluation, norm) in zip(visited, anew, strict=True):
+        for got, want in zip(
+            jax.tree.leaves(iterate.evaluation), jax.tree.leaves(evaluation), strict=True
+        ):
+            np.testing.assert_allclose(got, want, rtol=1e-13, atol=1e-15)
+        np.testing.assert_allclose(iterate.residual, norm, rtol=1e-12)
+        np.testing.assert_allclose(norm, np.linalg.norm(optimality(iterate.x, Y)), rtol=1e-12)
+
+
+def test_a_search_that_fails_knows_the_point_it_is_back_at():
+    solver = bx.GradientDescent(bx.Backtracking(maxiter=1))
+    iterate = solver.init(ROSENBROCK, jnp.array([-1.2, 1.0]), 100.0)
+    back = solver.step(ROSENBROCK, iterate, 100.0)
+    assert back.stalled
+    np.testing.assert_array_equal(back.x, iterate.x)
+    np.testing.assert_array_equal(back.evaluation.optimality, iterate.evaluation.optimality)
+    assert (back.evaluation.value, back.residual) == (iterate.evaluation.value, iterate.residual)

@@ -41,7 +41,10 @@ class LinearSolver(abc.ABC):
         prepared: PyTree,
         transposed: bool,
     ) -> tuple[PyTree, LinearReport]:
-        """Solve A v = rhs for a flat vector rhs whose largest entry in absolute value is 1 or 0.
+        """Solve A v = rhs for a flat vector rhs that is zero or of moderate size.
+
+        Squares of its largest entry are in range: where those of b are not, rhs is b in another
+        unit, and so is a field `atol`.
 
         Args:
           operator: A, already transposed and damped where asked for.

@@ -12,7 +12,7 @@ from bilevax._operator import LinearOperator
 from bilevax._results import LinearReport
 from bilevax._status import Status, code
 from bilevax.linear import _base as base
-from bilevax.linear._units import first_iterate
+from bilevax.linear._units import first_iterate, rescale
 
 try:
     import lineax
@@ -80,14 +80,19 @@ class LineaxSolver(base.LinearSolver):
             "GENERAL": (),
         }[operator.structure.name]
         system = lineax.FunctionLinearOperator(operator.matvec, shapes, tags=tags)
+        size = trees.max_abs(rhs)
+        unit = jnp.where(size > 0, size, 1)  # absolute constants in Lineax expect one of size 1
         options = {}
         if guess is not None:  # a bad one would not be dropped
-            options["y0"], _, _ = first_iterate(operator, rhs, guess)
-        result = lineax.linear_solve(system, rhs, self.solver, options=options, throw=False)
-        relative, status = base.measure(operator, result.value, rhs, 0.0, 0.0)
+            options["y0"] = rescale(first_iterate(operator, rhs, guess)[0], unit)
+        result = lineax.linear_solve(
+            system, rescale(rhs, unit), self.solver, options=options, throw=False
+        )
+        solution = trees.scale(unit, result.value)
+        relative, status = base.measure(operator, solution, rhs, 0.0, 0.0)
         # A direct solver divides by zero where the matrix, though finite, is singular.
         finite = jnp.isfinite(trees.norm(operator.matvec(rhs)))
         singular = (status == Status.NONFINITE) & finite
         status = jnp.where(singular, code(Status.BREAKDOWN), status)
         iterations = jnp.asarray(result.stats.get("num_steps", -1), jnp.int32)
-        return result.value, LinearReport(status, iterations, jnp.full((), -1, jnp.int32), relative)
+        return solution, LinearReport(status, iterations, jnp.full((), -1, jnp.int32), relative)

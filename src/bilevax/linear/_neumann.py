@@ -116,7 +116,8 @@ class Neumann(base.LinearSolver):
         v, r, norm, terms = jax.lax.while_loop(proceed, step, first)
         v = trees.add_scaled(v, prepared, r)
         relative = norm / jnp.where(size > 0, size, 1)
-        status = jnp.where(relative <= 1, code(Status.TRUNCATED), code(Status.DIVERGED))
+        falls = (relative < 1) | (terms == 0)  # no product, nothing known
+        status = jnp.where(falls, code(Status.TRUNCATED), code(Status.DIVERGED))
         status = jnp.where(jnp.isfinite(norm), status, code(Status.NONFINITE))
         is_bounded = self.step_size is None and plain is None
         extra = _norm_products(operator) if is_bounded else 0
@@ -138,6 +139,8 @@ def _operator_norm(operator: LinearOperator) -> jax.Array:
         image = operator.matvec(state[0])
         size = trees.norm(image)
         if not symmetric:
+            # Squares of A^T A would be out of range where those of A are not.
+            image = trees.scale(1 / jnp.where(size > 0, size, 1), image)
             image = operator.transpose.matvec(image)
         length = trees.norm(image)
         return trees.scale(1 / jnp.where(length > 0, length, 1), image), size

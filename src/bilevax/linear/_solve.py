@@ -186,9 +186,14 @@ class _System:
         """Normalise b, solve, apply the policy; `swap` says that the operator is transposed."""
         size = trees.max_abs(b)
         finite = jnp.isfinite(size)
+        tiny = jnp.finfo(size.dtype).tiny
         # Not beyond what has a reciprocal: compilers divide by multiplying with it.
-        unit = jnp.minimum(size, 0.1 / jnp.finfo(size.dtype).tiny)
-        unit = jnp.where(finite & (size > 0), unit, 1)
+        power = jnp.frexp(jnp.minimum(size, 0.1 / tiny))[1]
+        # Where squares are in range the unit is 1. Compilers may compute b twice, and where b is
+        # rounding alone, units of the two would have nothing to do with one another.
+        in_range = (size > tiny**0.25) & (size < tiny**-0.25)
+        unit = jnp.ldexp(jnp.ones_like(size), power)
+        unit = jnp.where(finite & (size > 0) & ~in_range, unit, 1)
         solver: Any = self.solver
         if hasattr(solver, "atol"):
             solver = dataclasses.replace(solver, atol=solver.atol / unit)

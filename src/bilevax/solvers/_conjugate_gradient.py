@@ -73,6 +73,14 @@ class ConjugateGradient(base.Solver):
         state = _State(trees.negative(evaluation.optimality), first_step_size(evaluation))
         return base.Iterate(x, evaluation, norm, state, jnp.zeros((), bool))
 
+    def one_step(self, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
+        if True:
+            raise TypeError(
+                "`OneStep` needs steps whose length does not depend on a line search, which "
+                "rounding decides at a solution; got `ConjugateGradient`. Give a rate, or use `Newton()`."
+            )
+        return super().one_step(problem, x, y)
+
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
         optimality = iterate.evaluation.optimality
         direction, last_step = iterate.state

@@ -68,6 +68,14 @@ class GradientDescent(base.Solver):
         step_size = first_step_size(evaluation)
         return base.Iterate(x, evaluation, norm, step_size, jnp.zeros((), bool))
 
+    def one_step(self, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
+        if isinstance(self.learning_rate, Backtracking):
+            raise TypeError(
+                "`OneStep` needs steps whose length does not depend on a line search, which "
+                "rounding decides at a solution; got `GradientDescent(Backtracking())`. Give a rate, or use `Newton()`."
+            )
+        return super().one_step(problem, x, y)
+
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
         if not isinstance(self.learning_rate, Backtracking):
             x = trees.add_scaled(iterate.x, -jnp.asarray(self.learning_rate), iterate.evaluation)

@@ -137,13 +137,16 @@ def _backtrack_jvp(primals: Any, tangents: Any) -> tuple[Iterate, Iterate]:
     _, problem, start, y, direction, first_step = primals
     _, *tangents = tangents
     found = backtrack(*primals)
-    shrunk = jax.lax.stop_gradient(found.state / first_step)
+    # A search that rounding ends, at a solution, has the derivative of the step that it tried.
+    shrunk = jax.lax.stop_gradient(jnp.where(found.stalled, 1, found.state / first_step))
 
     def follow(
         problem: Problem, start: Iterate, y: PyTree, direction: PyTree, first_step: jax.Array
     ) -> Iterate:
         step_size = shrunk * first_step
-        x = trees.add_scaled(start.x, jnp.where(found.stalled, 0, step_size), direction)
+        move = trees.scale(step_size, direction)
+        still = trees.scale(found.stalled, jax.lax.stop_gradient(move))
+        x = jax.tree.map(lambda x, u, w: x + u - w, start.x, move, still)
         return Iterate(x, *evaluate(problem, x, y), step_size, found.stalled)
 
     _, tangent = jax.jvp(follow, (problem, start, y, direction, first_step), tuple(tangents))

@@ -72,6 +72,14 @@ class Newton(base.Solver):
         initial_norm = jax.lax.stop_gradient(norm)
         return base.Iterate(x, evaluation, norm, initial_norm, jnp.zeros((), bool))
 
+    def one_step(self, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
+        # A whole step, for at a solution rounding alone decides the line search.
+        solver = self.linear_solver
+        if solver is None:
+            solver = CG() if problem.structure is Structure.POSITIVE_DEFINITE else GMRES()
+        optimality, jacobian = problem.linearize(x, y)
+        return trees.add_scaled(x, -1, linear_solve(jacobian, optimality, solver)[0])
+
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
         optimality = iterate.evaluation.optimality
         norm, initial_norm = iterate.residual, iterate.state
