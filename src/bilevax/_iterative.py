@@ -141,7 +141,8 @@ class Unrolled(IterativeRule):
         kept = self.checkpoints
         if kept == "sqrt":
             kept = math.isqrt(max(self.last or steps, 1))
-        return Partial(_unroll, Sweep(steps, self.last, kept), solver)  # type: ignore[arg-type]
+        is_fixed = all(isinstance(t, int | float) and t == 0 for t in (solver.rtol, solver.atol))
+        return Partial(_unroll, Sweep(steps, self.last, kept, is_fixed), solver)  # type: ignore[arg-type]
 
 
 @trees.register

@@ -28,11 +28,13 @@ class Sweep:
         all.
       checkpoints: how many iterates are kept, between which the others are computed anew; None
         keeps all.
+      is_fixed: whether all steps are taken, but for failures: there is no tolerance to stop by.
     """
 
     steps: int = dataclasses.field(metadata={"static": True})
     last: int | None = dataclasses.field(default=None, metadata={"static": True})
     checkpoints: int | None = dataclasses.field(default=None, metadata={"static": True})
+    is_fixed: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def unroll(
@@ -56,7 +58,7 @@ def _unroll(
 ) -> tuple[PyTree, SolveReport]:
     first, step = begin(solver, problem, x0, y, scale)
     if sweep.last is None:
-        end = _iterate(step, is_running, first, sweep.steps, sweep.checkpoints)
+        end = _iterate(step, is_running, first, sweep.steps, sweep)
     else:
         before, end = jax.lax.stop_gradient(_until_the_last(first, step, sweep.last))
         # What the solver knows at x depends on y; what it remembers is a constant.
@@ -68,7 +70,7 @@ def _unroll(
             lambda progress: progress.iterations < end.iterations,
             before._replace(iterate=iterate),
             sweep.last,
-            sweep.checkpoints,
+            sweep,
         )
         end = end._replace(iterate=reached.iterate)
     x, summary = report(first, end)
@@ -80,34 +82,35 @@ def _iterate(
     is_due: Callable[[Progress], jax.Array],
     start: Progress,
     length: int,
-    checkpoints: int | None,
+    sweep: Sweep,
 ) -> Progress:
     """Take steps while they are due, at most `length`, in a loop that JAX differentiates."""
 
+    # The backward pass of a `cond` copies what its branches read, such as the data. It pays where
+    # many steps are not due.
+    def when(due: jax.Array, steps: Callable[[Progress], Progress], start: Progress) -> Progress:
+        if sweep.is_fixed:
+            return steps(start)
+        return jax.lax.cond(_in_any_lane(due), steps, lambda start: start, start)
+
     def one(progress: Progress, _: None) -> tuple[Progress, None]:
         due, progress = is_due(progress), _without_norm(progress)
-        following = jax.lax.cond(_in_any_lane(due), step, _stay, progress)
+        following = when(due, step, progress)
         return trees.where(due, _without_norm(following), progress), None
 
     def several(progress: Progress, _: None) -> tuple[Progress, None]:
-        due = _in_any_lane(is_due(progress))
         count = -(-length // segments)
-        return jax.lax.cond(due, lambda start: scan(one, start, count), _stay, progress), None
+        return when(is_due(progress), lambda start: scan(one, start, count), progress), None
 
-    # What is kept of a body is its input. A `cond` outside of it would keep whatever its branches
-    # read, such as the data, for each step.
+    # What is kept of a body is its input, and nothing that is read inside.
     def scan(body: Callable[..., Any], start: Progress, count: int) -> Progress:
         return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start, None, length=count)[0]
 
     start = jax.tree.map(jnp.asarray, start)
-    if checkpoints is None:
+    if sweep.checkpoints is None:
         return scan(one, start, length)
-    segments = max(1, min(checkpoints, length))
+    segments = max(1, min(sweep.checkpoints, length))
     return scan(several, start, segments)
-
-
-def _stay(progress: Progress) -> Progress:
-    return progress
 
 
 def _without_norm(progress: Progress) -> Progress:

@@ -195,3 +195,12 @@ def test_products_of_gmres_are_bounded_by_the_report(guess):
 def test_gmres_needs_a_krylov_space(restart):
     with pytest.raises(ValueError, match=f"`restart` must be positive, got {restart}"):
         bx.GMRES(restart=restart)
+
+
+@pytest.mark.parametrize("maxiter", [50, 80, 88, 200])
+def test_bicgstab_without_a_tolerance_keeps_what_it_has_found(maxiter):
+    noise = np.random.default_rng(1).normal(size=(64, 64))
+    matrix = np.eye(64) - 0.4 * noise / 16
+    v, report = solve(bx.BiCGStab(rtol=0.0, maxiter=maxiter), matrix, np.ones(64))
+    assert report.status is Status.CONVERGED
+    assert relative_error(v, np.linalg.solve(matrix, np.ones(64))) < 1e-14

@@ -189,7 +189,9 @@ class BiCGStab(base.LinearSolver):
         operator, size = unit_sized(operator, rhs)
         first = trees.scale(size, first)
         maxiter = base.default_maxiter(rhs) if self.maxiter is None else self.maxiter
-        target: Any = base.tolerance(operator, rhs, self.rtol, self.atol)
+        # Beyond rounding it would divide zero by zero, and lose what it had.
+        floor = operator.rounding * trees.norm(rhs)
+        target: Any = jnp.maximum(base.tolerance(operator, rhs, self.rtol, self.atol), floor)
         x, _ = jax.scipy.sparse.linalg.bicgstab(
             operator.matvec,
             rhs,

@@ -60,9 +60,8 @@ class Solver(abc.ABC):
     def one_step(self, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
         """Return a step from x as a smooth function of x and y, near a solution."""
         start = self.init(problem, x, y)
-        return self.step(
-            problem, start._replace(residual=jax.lax.stop_gradient(start.residual)), y
-        ).x
+        start = start._replace(residual=jax.lax.stop_gradient(start.residual))
+        return self.step(problem, start, y).x
 
     def check_differentiable(self, x: PyTree) -> None:
         """Warn if derivatives through `step` are known to fail; nothing by default."""

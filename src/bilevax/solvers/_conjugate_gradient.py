@@ -10,7 +10,13 @@ from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._problems import Problem
 from bilevax.solvers import _base as base
-from bilevax.solvers._line_search import Backtracking, backtrack, evaluate, first_step_size
+from bilevax.solvers._line_search import (
+    Backtracking,
+    backtrack,
+    evaluate,
+    first_step_size,
+    no_single_step,
+)
 
 PyTree = Any
 
@@ -74,12 +80,7 @@ class ConjugateGradient(base.Solver):
         return base.Iterate(x, evaluation, norm, state, jnp.zeros((), bool))
 
     def one_step(self, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
-        if True:
-            raise TypeError(
-                "`OneStep` needs steps whose length does not depend on a line search, which "
-                "rounding decides at a solution; got `ConjugateGradient`. Give a rate, or use `Newton()`."
-            )
-        return super().one_step(problem, x, y)
+        raise no_single_step("ConjugateGradient")
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
         optimality = iterate.evaluation.optimality

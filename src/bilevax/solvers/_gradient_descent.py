@@ -10,7 +10,13 @@ from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._problems import Problem
 from bilevax.solvers import _base as base
-from bilevax.solvers._line_search import Backtracking, backtrack, evaluate, first_step_size
+from bilevax.solvers._line_search import (
+    Backtracking,
+    backtrack,
+    evaluate,
+    first_step_size,
+    no_single_step,
+)
 
 PyTree = Any
 
@@ -70,10 +76,7 @@ class GradientDescent(base.Solver):
 
     def one_step(self, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
         if isinstance(self.learning_rate, Backtracking):
-            raise TypeError(
-                "`OneStep` needs steps whose length does not depend on a line search, which "
-                "rounding decides at a solution; got `GradientDescent(Backtracking())`. Give a rate, or use `Newton()`."
-            )
+            raise no_single_step("GradientDescent(Backtracking())")
         return super().one_step(problem, x, y)
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:

@@ -81,6 +81,14 @@ def first_step_size(evaluation: Evaluation) -> jax.Array:
     return 0.5 * jax.lax.rsqrt(jnp.maximum(square, 1))
 
 
+def no_single_step(solver: str) -> TypeError:
+    """Return the error for a single step from a solution, where rounding decides the search."""
+    return TypeError(
+        f"`OneStep` needs steps without a line search, which rounding decides at a solution; got "
+        f"`{solver}`. Give a rate, or use `Newton()`."
+    )
+
+
 @jax.custom_jvp
 def backtrack(
     options: Backtracking,
