@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.flatten_util import ravel_pytree
 
 import bilevax as bx
+from tests.problems_table import PROBLEMS, outer
 
 
 def decoupled(x, y):
@@ -80,3 +82,59 @@ def assert_close(got, wanted, rtol, atol=None):
             atol=rtol if atol is None else atol,
             err_msg=jax.tree_util.keystr(path),
         )
+
+
+MINIMUM, ROOT, FIXED_POINT = (row.problem for row in PROBLEMS)
+# name: (problem, numbers, solver from numbers and settings)
+RUNS = {
+    "gradient descent": (ROOT, [0.7], lambda n, s: bx.GradientDescent(n[0], **s)),
+    "accelerated": (MINIMUM, [0.4], lambda n, s: bx.AcceleratedGradient(n[0], **s)),
+    "backtracking": (MINIMUM, [], lambda n, s: bx.GradientDescent(bx.Backtracking(), **s)),
+    "damped Picard": (FIXED_POINT, [0.6], lambda n, s: bx.FixedPointIteration(n[0], **s)),
+    "Anderson": (FIXED_POINT, [0.8], lambda n, s: bx.FixedPointIteration(n[0], memory=2, **s)),
+    "momentum": (
+        MINIMUM,
+        [0.3, 0.4],
+        lambda n, s: bx.Optax(optax.sgd(n[0], momentum=n[1]), **s),
+    ),
+    "Adam": (
+        MINIMUM,
+        [0.1],
+        lambda n, s: bx.Optax(optax.scale_by_adam(eps_root=1e-8), n[0], **s),
+    ),
+    "Newton": (MINIMUM, [], lambda n, s: bx.Newton(bx.Dense(), **s)),
+    "Newton on a root": (ROOT, [], lambda n, s: bx.Newton(bx.Dense(), **s)),
+    "conjugate gradient": (MINIMUM, [], lambda n, s: bx.ConjugateGradient(**s)),
+}
+# Newton and its kin are at the solution after a few steps, where line searches are decided by
+# rounding; an early stop comes one step later.
+FAST = ("Newton", "conjugate gradient")
+
+
+def steps_of(name):
+    return 2 if name.startswith(FAST) else 5
+
+
+def run_of(name, rule, settings):
+    """Return the value of g after a run, and the report, as a function of everything."""
+    problem, _, make = RUNS[name]
+
+    def run(point):
+        x0, y, numbers = point
+        solver = make([numbers[i] for i in range(len(RUNS[name][1]))], settings)
+        solve = bx.solution_map(problem, solver, rule, on_failure=bx.OnFailure.RETURN)
+        x, report = solve.with_report(x0, y)
+        return outer(x, y), report
+
+    return run
+
+
+def curved(x, y):
+    return jnp.sum(y * x**2 / 2 - x)
+
+
+def noisy(x, y):
+    return decoupled(x, y["w"][y["index"]]) + 1e-3 * jax.random.normal(y["key"], x.shape) @ x
+
+
+NOISY_Y = {"w": jnp.array([0.1, 0.4, -0.3]), "index": jnp.array([2, 0]), "key": jax.random.key(0)}
