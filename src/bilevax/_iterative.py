@@ -67,8 +67,9 @@ class Unrolled(IterativeRule):
     Kept per step are the iterate, F(x, y) there, and what the solver remembers: never the data that
     the problem closes over. In reverse mode that is allocated for `maxiter` steps, which must be a
     Python int; steps after an early stop cost nothing. Line searches have their outcome as a
-    constant; linear solves inside of a step have the derivative of the exact solution.
-    The derivative is that of the run, however short: from a start at the solution it is zero.
+    constant. The linear solves of `Newton()` are made to full accuracy here, for their derivative
+    is that of the exact solution; a linear solver that you give it should be accurate too. The
+    derivative is that of the run, however short: from a start at the solution it is zero.
 
     Through a `solution_map`, JAX differentiates in any mode and to any order.
 
@@ -79,14 +80,14 @@ class Unrolled(IterativeRule):
       last: differentiate the last steps only (truncated back-propagation); what comes before them
         is a constant, so the gradient with respect to x0 is zero. None for all. A run that ends
         before so many steps is differentiated from its start on.
-      checkpoints: iterates kept, from which those between are computed anew. "sqrt" is the root of
-        the number of steps, and memory proportional to it; None keeps all.
+      checkpoints: iterates kept in reverse mode, from which those between are computed anew.
+        "sqrt" is the root of the number of steps, and memory proportional to it; None keeps all.
       mode: "reverse", or "forward" for few outer variables and any number of steps. An engine then
         goes through the entries of y, and a `solution_map` takes `jvp` and `jacfwd` alone.
 
     Raises:
       TypeError: if `last` or `checkpoints` is no whole number; and, where the rule meets a solver,
-        if `maxiter` is traced.
+        if `maxiter` is traced in reverse mode.
       ValueError: if `last` or `checkpoints` is below 1 or `mode` neither of the two; and, where the
         rule meets a solver, if `last` is above its `maxiter`.
 
@@ -154,7 +155,8 @@ class OneStep(IterativeRule):
 
     Its error is the contraction factor of S, however accurate x is: small for a fast solver, and
     zero for `Newton()`, where it is the implicit formula. It costs one step and no linear solve.
-    Steps of unit length, as the first ones of Adam are, have no such derivative.
+    With a factor near 1, as of gradient descent on ill-conditioned problems, even its sign may be
+    wrong. Steps of unit length, as the first ones of Adam are, have no such derivative.
 
     Raises:
       TypeError: where it meets a solver with a line search other than `Newton`: rounding decides
@@ -181,14 +183,14 @@ class OneStep(IterativeRule):
 def _unroll(
     sweep: Sweep, solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any = 0.0
 ) -> tuple[PyTree, SolveReport]:
-    solver.check_differentiable(x0)
+    solver = solver.differentiable(problem, x0)
     return unroll(sweep, solver, problem, x0, y, scale)
 
 
 def _differentiable_run(
     solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any = 0.0
 ) -> tuple[PyTree, SolveReport]:
-    solver.check_differentiable(x0)
+    solver = solver.differentiable(problem, x0)
     x, report = loop.run(solver, problem, x0, y, scale)
     return x, jax.lax.stop_gradient(report)
 

@@ -17,6 +17,8 @@ class LinearReport(NamedTuple):
       products: products with A, int32; -1 where the underlying library does not say.
       residual: ||b - A v|| / ||b||, measured with one product at the v returned, without unit; for
         `Neumann` at the sum without its last term.
+
+    The property `contraction` is the mean factor by which a step changed the residual.
     """
 
     status: jax.Array

@@ -69,12 +69,14 @@ def separable(problem: Problem, tasks: PyTree) -> Separable:
     a loop over tasks. Reports have one entry per task.
 
     In g(x, y), x has the leading axis: whether tasks are summed, averaged or weighted is up to g.
+    To start all tasks at one point, use `jnp.broadcast_to`.
 
     Args:
       problem: `minimum(f)`, `root(F)` or `fixed_point(T)` of a function of three arguments,
         (x_i, y, task_i).
-      tasks: the data of all tasks, a pytree of arrays with a common leading axis. Gradients reach
-        it, as they reach whatever a function closes over.
+      tasks: the data of all tasks, a pytree of arrays with a common leading axis. Gradients through
+        a `solution_map` reach it, as they reach whatever a function closes over; that of an engine
+        is with respect to y alone.
 
     Returns:
       A `Separable`, a problem for `solution_map` and engines whose x has the leading axis too.

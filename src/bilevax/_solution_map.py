@@ -206,7 +206,7 @@ def _run_black_box(
     return x, per_task(problem, report, x, x0)
 
 
-# The three pieces below are compiled once per shape, in eager mode too. They take everything they
+# The pieces below are compiled once per shape, in eager mode too. They take everything they
 # depend on as arguments, so that it can be traced, batched and differentiated.
 
 

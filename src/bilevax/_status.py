@@ -47,7 +47,9 @@ _REMEDIES = {
     Status.MAXITER: "raise `maxiter`, loosen `rtol`, or choose a faster solver",
     Status.STALLED: "loosen `rtol` and `atol`, use float64, or check the objective's smoothness",
     Status.DIVERGED: "lower the learning rate or step size, or damp the iteration",
-    Status.NONFINITE: "look for overflow, log(0) or 0/0 in the functions and in the start",
+    Status.NONFINITE: (
+        "look for overflow, log(0) or 0/0 in the functions and in the start, or lower the step size"
+    ),
     Status.BREAKDOWN: "regularise the inner problem or set `damping` on the linear solver",
     Status.INDEFINITE: "start nearer to a minimum, or declare `structure=Structure.SYMMETRIC`",
 }

@@ -84,8 +84,7 @@ def test_more_last_steps_than_a_run_can_have():
     message = "`last` must not exceed the run: 4 steps of at most 3 (`maxiter` of the solver)."
     solver = bx.GradientDescent(0.5, maxiter=3)
     assert_fails(ValueError, message, lambda: solve_map(solver=solver, rule=bx.Unrolled(4)))
-    one = engine(solver=solver, rule=bx.Unrolled(4))
-    assert_fails(ValueError, message, one, Y, bx.cold_start(X0))
+    assert_fails(ValueError, message, lambda: engine(solver=solver, rule=bx.Unrolled(4)))
     solve_map(solver=solver, rule=bx.Unrolled(3))
 
 
@@ -248,3 +247,10 @@ def test_certificates_need_a_rule_with_an_adjoint(rule):
     message = "`rule` must be a Rule, for example `Implicit()`; got"
     for call in (bx.hypergradient_error, bx.efficiency_constant):
         assert_fails(TypeError, message, call, lambda x, y: jnp.sum(x), problem, rule, X0, Y)
+
+
+def test_a_check_in_forward_mode():
+    problem = bx.minimum(lambda x, y: (x - y) ** 2)
+    solve = bx.solution_map(problem, bx.GradientDescent(0.1), bx.Unrolled(mode="forward"))
+    with pytest.raises(TypeError, match="`solve` must go in reverse mode"):
+        bx.check_hypergradient(lambda x, y: x, solve, 1.0, 0.0)

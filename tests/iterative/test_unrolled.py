@@ -1,6 +1,7 @@
 """Unrolled runs against recursions in NumPy and central differences of the same runs."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -85,3 +86,19 @@ def test_a_rate_traced_into_an_optimiser_of_optax_and_heavy_ball_in_numpy():
     assert_close(gradient, wanted, 1e-9)
     eager = jax.grad(value, argnums=(0, 1, 2))(*point)
     assert_close(eager, gradient, 1e-13)
+
+
+def test_newton_far_from_the_solution_has_the_derivative_of_its_steps():
+    """Its default linear solves would be loose there."""
+    frequencies = jnp.array([1.0, 3.0, 10.0, 30.0])
+
+    def f(x, y):
+        return jnp.sum(jnp.cosh(frequencies * x)) + jnp.exp(y) * jnp.sum((x - jnp.arange(4.0)) ** 2)
+
+    solve = bx.solution_map(bx.minimum(f), bx.Newton(**exactly(2)), bx.Unrolled())
+
+    def value(y):
+        return jnp.sum(solve(jnp.full(4, 0.1), y))
+
+    wanted = central_differences(jax.jit(jax.vmap(value)), np.asarray(0.0))
+    np.testing.assert_allclose(jax.jit(jax.grad(value))(0.0), wanted, rtol=1e-6)

@@ -12,6 +12,7 @@ from bilevax import _checks as checks
 from bilevax import _loop as loop
 from bilevax import _trees as trees
 from bilevax._closures import as_partial
+from bilevax._iterative import IterativeRule
 from bilevax._solution_map import SolutionMap
 from bilevax._status import Status
 from bilevax.diagnostics._differences import (
@@ -128,7 +129,7 @@ def check_hypergradient(
     at tolerances of the size of rounding and a `maxiter` of at least 10 000, without the correction
     of a rule. So a map that is too loose for its rule shows. Where rounding ends such a solve
     early, it counts as converged at the default tolerance of its dtype. A black box is called as it
-    is, from x0.
+    is, from x0, and so is a run that `Unrolled` differentiates: truncation shows as an error.
 
     The steps t start near a tenth of ||y|| and are halved nine times, five times in float32.
     Ridders' method extrapolates to t = 0 and takes the result of least estimated error. That is
@@ -152,7 +153,7 @@ def check_hypergradient(
 
     Raises:
       TypeError: for a wrong kind of argument, if `outer` does not return a scalar, if y has no
-        floating entries, or if y or x0 is traced.
+        floating entries, if y or x0 is traced, or for `Unrolled(mode="forward")`.
       ValueError: if `directions` is not positive or `seed` is negative.
 
     Example:
@@ -180,6 +181,11 @@ def check_hypergradient(
     x0, y = trees.as_arrays(x0), trees.as_arrays(y)
     shape = call.eval_shape(g, x0, y)
     checks.scalar_output("outer", shape)
+    if isinstance(solve.rule, IterativeRule) and solve.rule.mode == "forward":
+        raise TypeError(
+            "`solve` must go in reverse mode, which is checked here; got a rule with "
+            'mode="forward". Check the same rule with mode="reverse".'
+        )
     moving = [leaf for leaf in jax.tree.leaves(y) if moves(leaf)]
     if not moving:
         raise TypeError(f"`y` must have floating entries, got {checks.describe(y)}.")

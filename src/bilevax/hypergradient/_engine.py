@@ -91,7 +91,7 @@ def value_and_hypergradient(
     The gradient is Omega(x, y) = g_2 + (dx*/dy)^T g_1 at the point x of the rule. Unlike `jax.grad`
     through a `solution_map`, the engine starts both solves from the last ones and reports on both.
     It is pure and compiled once per shape; `jit`, `vmap` and `scan` go through it. For derivatives
-    of the gradient use a `solution_map`.
+    of the gradient, or with respect to anything but y, use a `solution_map`.
 
     Args:
       outer: g, a function of (x, y) that returns a real scalar; with `has_aux=True` a pair of it
@@ -99,7 +99,7 @@ def value_and_hypergradient(
       problem: `minimum(f)`, `root(F)` or `fixed_point(T)`.
       solver: the inner `Solver`.
       rule: how the derivative is formed; None is `Implicit()`. `Unrolled()` differentiates the run
-        from the warm start on, which is a constant.
+        from the warm start on, which is a constant: give the solver a fixed number of steps then.
       accuracy: `RelativeAccuracy(value)` or `AbsoluteAccuracy(value)`. In place of its `rtol`, the
         inner solver then runs on until a certificate says that the hypergradient is that accurate;
         `maxiter` and `atol` still bound it. Linear solves without a tolerance of their own follow
@@ -137,4 +137,6 @@ def value_and_hypergradient(
             )
         not_separable("accuracy", problem)
     checks.is_component("on_failure", on_failure, OnFailure, "OnFailure.RETURN")
+    if isinstance(rule, IterativeRule) and isinstance(solver, Solver):
+        rule.bind(solver)  # which raises if they do not fit
     return Engine(outer, problem, solver, rule, accuracy, has_aux, on_failure)

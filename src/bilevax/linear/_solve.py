@@ -34,13 +34,12 @@ def linear_solve(
     *,
     transpose: bool = False,
     guess: PyTree | None = None,
-    derivatives: LinearSolver | None = None,
     on_failure: OnFailure = OnFailure.RETURN,
 ) -> tuple[PyTree, LinearReport]:
     """Solve (A + damping I) v = b, or its transpose, and report how it went.
 
-    Differentiable to any order in b and in all that A depends on: derivatives are solves too,
-    dv = A^{-1} (db - dA v).
+    Differentiable to any order in b and in all that A depends on: derivatives are solves with the
+    same solver, dv = A^{-1} (db - dA v).
 
     Args:
       operator: A.
@@ -49,8 +48,6 @@ def linear_solve(
       transpose: solve with A^T.
       guess: a first guess of v; one that is worse than zero is dropped. No gradient flows
         through it.
-      derivatives: solves for derivatives where `solver` is inexact on purpose: one of the same
-        class with other tolerances. None is `solver`.
       on_failure: what becomes of v where the solve does not end as asked for; it holds for the
         solves of derivatives too, which have no report.
 
@@ -70,8 +67,6 @@ def linear_solve(
         nothing = jnp.zeros((), jnp.int32)
         return rhs, LinearReport(code(Status.CONVERGED), nothing, nothing, jnp.zeros(()))
     system, b, unravel = _System.build(operator, rhs, solver, transpose, on_failure)
-    if derivatives is not None:
-        system = dataclasses.replace(system, derivatives=derivatives)
     if guess is not None:
         if trees.dimension(guess) != b.size:
             raise TypeError(
@@ -110,7 +105,6 @@ class _System:
     matvec: Partial  # its leaves are what A depends on
     complement: Partial | None
     prepared: PyTree
-    derivatives: LinearSolver | None  # of the class of the solver; None for the same
     structure: Structure = dataclasses.field(metadata={"static": True})
     epsilon: float = dataclasses.field(metadata={"static": True})
     transposed: bool = dataclasses.field(metadata={"static": True})
@@ -166,7 +160,6 @@ class _System:
             matvec,
             complement,
             prepared,
-            None,
             operator.structure,
             epsilon,
             transposed,
@@ -227,8 +220,6 @@ def _solve_jvp(primals: Any, tangents: Any) -> Any:
     tangent_product = jax.jvp(lambda matvec: matvec(v), (system.matvec,), (tangent_system.matvec,))[
         1
     ]
-    if system.derivatives is not None:
-        system = dataclasses.replace(system, solver=system.derivatives)
     tangent_v = _solve_transposably(system, tangent_b - tangent_product)
     still = jax.tree.map(jax.custom_derivatives.zero_from_primal, report)
     return (v, report), (tangent_v, still)

@@ -63,8 +63,12 @@ class Solver(abc.ABC):
         start = start._replace(residual=jax.lax.stop_gradient(start.residual))
         return self.step(problem, start, y).x
 
-    def check_differentiable(self, x: PyTree) -> None:
-        """Warn if derivatives through `step` are known to fail; nothing by default."""
+    def differentiable(self, problem: Problem, x: PyTree) -> "Solver":
+        """Return the solver whose steps `Unrolled` differentiates; by default this one.
+
+        Warns if derivatives of its steps are known to fail.
+        """
+        return self
 
 
 def check_stopping(solver: Solver) -> None:

@@ -72,24 +72,29 @@ class Newton(base.Solver):
         initial_norm = jax.lax.stop_gradient(norm)
         return base.Iterate(x, evaluation, norm, initial_norm, jnp.zeros((), bool))
 
+    def differentiable(self, problem: Problem, x: PyTree) -> "Newton":
+        # The derivative of an inexact solve is not that of an exact one, far from the solution.
+        solver = self._linear_solver(problem, None)
+        return dataclasses.replace(self, linear_solver=solver)
+
     def one_step(self, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
         # A whole step, for at a solution rounding alone decides the line search.
-        solver = self.linear_solver
-        if solver is None:
-            solver = CG() if problem.structure is Structure.POSITIVE_DEFINITE else GMRES()
         optimality, jacobian = problem.linearize(x, y)
-        return trees.add_scaled(x, -1, linear_solve(jacobian, optimality, solver)[0])
+        solution, _ = linear_solve(jacobian, optimality, self._linear_solver(problem, None))
+        return trees.add_scaled(x, -1, solution)
+
+    def _linear_solver(self, problem: Problem, rtol: Any) -> LinearSolver:
+        if self.linear_solver is not None:
+            return self.linear_solver
+        return CG(rtol) if problem.structure is Structure.POSITIVE_DEFINITE else GMRES(rtol)
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
         optimality = iterate.evaluation.optimality
         norm, initial_norm = iterate.residual, iterate.state
-        solver = derivatives = self.linear_solver
-        if solver is None:
-            derivatives = CG() if problem.structure is Structure.POSITIVE_DEFINITE else GMRES()
-            forcing = jnp.minimum(0.1, jnp.sqrt(norm / initial_norm))
-            solver = derivatives.with_default_rtol(jax.lax.stop_gradient(forcing))
+        forcing = jnp.minimum(0.1, jnp.sqrt(norm / initial_norm))
+        solver = self._linear_solver(problem, forcing)
         _, jacobian = problem.linearize(iterate.x, y)
-        solution, _ = linear_solve(jacobian, optimality, solver, derivatives=derivatives)
+        solution, _ = linear_solve(jacobian, optimality, solver)
         direction = trees.negative(solution)
         if isinstance(problem, Minimum):
             # Not downhill, or NaN because curvature was negative at once: steepest descent.

@@ -75,7 +75,7 @@ class Optax(base.Solver):
             wrapped = type(self.transformation)(*functions)
             object.__setattr__(self, "transformation", wrapped)
 
-    def check_differentiable(self, x: PyTree) -> None:
+    def differentiable(self, problem: Problem, x: PyTree) -> "Optax":
         zero = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), x)
         one = jax.tree.map(np.ones_like, zero)
 
@@ -86,7 +86,7 @@ class Optax(base.Solver):
             try:
                 leaves = jax.tree.leaves(jax.jvp(update, (zero,), (one,))[1])
             except TypeError:  # it evaluates an objective
-                return
+                return self
         # A rate that is traced makes everything traced, and nothing is known here.
         known = [leaf for leaf in leaves if not isinstance(leaf, Tracer)]
         if not all(np.all(np.isfinite(leaf)) for leaf in known):
@@ -95,6 +95,7 @@ class Optax(base.Solver):
                 "entry of the gradient is zero. For Adam and its kin set `eps_root=1e-12` or so.",
                 stacklevel=2,
             )
+        return self
 
     def evaluate(self, problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, jax.Array]:
         wants_value = isinstance(self.transformation, optax.GradientTransformationExtraArgs)

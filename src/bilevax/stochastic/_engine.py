@@ -15,6 +15,7 @@ from bilevax._closures import as_partial
 from bilevax._status import Status, code, is_failure
 from bilevax.stochastic import _parts as parts
 from bilevax.stochastic._averages import squared_error
+from bilevax.stochastic._host import HostSampler
 from bilevax.stochastic._problems import StochasticProblem
 from bilevax.stochastic._results import (
     StochasticHypergradient,
@@ -151,7 +152,8 @@ def stochastic_hypergradient(
       TypeError: for a wrong kind of argument; and, at the first call, if `outer` does not return a
         scalar or the problem does not fit x.
       ValueError: for a step size or a number of samples that is not positive, for a negative
-        number of steps; and for a state that belongs to other data.
+        number of steps, for two samplers of one iterator; and for a state that belongs to other
+        data.
 
     Example:
       >>> import jax
@@ -185,6 +187,8 @@ def stochastic_hypergradient(
     checks.is_component("sampler", sampler, Sampler, example)
     if outer_sampler is not None:
         checks.is_component("outer_sampler", outer_sampler, Sampler, example)
+        if isinstance(sampler, HostSampler) and isinstance(outer_sampler, HostSampler):
+            sampler.check_apart(outer_sampler)
     checks.not_negative("inner_steps", inner_steps, whole=True)
     checks.not_negative("adjoint_steps", adjoint_steps, whole=True)
     checks.positive("samples", samples, whole=True)

@@ -75,7 +75,8 @@ class HostSampler(Sampler):
     arrives as a `jax.errors.JaxRuntimeError`, which is a `RuntimeError`.
 
     Args:
-      iterator: an iterator, such as `iter(loader)`. It must give NumPy arrays: a callback must not
+      iterator: an iterator, such as `itertools.chain.from_iterable(itertools.repeat(loader))`,
+        which goes through a loader again and again. It must give NumPy arrays: a callback must not
         call JAX. Programs are compiled anew for a new iterator.
       example: a pytree of arrays or `jax.ShapeDtypeStruct`; batches have the structure, shapes and
         dtypes of it.
@@ -136,6 +137,13 @@ class HostSampler(Sampler):
 
     def alone(self, tree: PyTree) -> PyTree:
         return _alone(tree)
+
+    def check_apart(self, other: "HostSampler") -> None:
+        """Raise if another sampler takes its batches from the same iterator."""
+        if self.iterator.iterator is other.iterator.iterator:
+            raise ValueError(
+                "`sampler` and `outer_sampler` must have iterators of their own, got one for both."
+            )
 
 
 @custom_vmap

@@ -40,13 +40,15 @@ class StochasticReport(NamedTuple):
 
     Attributes:
       status: a `Status` code, int32. TRUNCATED, for all steps are taken; DIVERGED where ||x|| has
-        grown from the cold start by 1 / eps, or the adjoint residual is above 1 / eps; NONFINITE.
+        grown from the cold start by 1 / eps, or the adjoint residual is above 1 / eps; NONFINITE,
+        also where steps that are too long have led out of range.
       inner_residual: ||F(x, y; batch)|| before the last inner step; NaN without inner steps.
       adjoint_residual: ||F_1(x, y; batch)^T v - g_1|| / ||g_1|| before the last adjoint step; NaN
         without adjoint steps.
       standard_error: of the gradient at this x and v, its norm, as estimated from the scatter of
         the samples in the last averages: those of F_2^T v and, with an outer sampler, of g_2. What
-        x and v are off by is not in it, nor what v owes to the scatter of g_1. NaN for `samples=1`.
+        x and v are off by is not in it, nor what v owes to the scatter of g_1: where y enters by a
+        penalty alone, which has no batches, it is zero. NaN for `samples=1`.
     """
 
     status: jax.Array
