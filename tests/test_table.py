@@ -160,7 +160,14 @@ def check(case: Case, results: dict[str, PyTree]) -> None:
             )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+# Compiling all of them takes minutes: every other one is for the everyday run.
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.id, marks=[pytest.mark.slow] if index % 2 else [])
+        for index, case in enumerate(CASES)
+    ],
+)
 def test_transformations_under_jit(case):
     check(case, jax.jit(case.results)(Y, YS))
 

@@ -341,19 +341,3 @@ def test_what_jax_makes_of_a_structure_is_accepted():
         again = jax.tree.unflatten(structure, [object()] * len(leaves))
         assert jax.tree.structure(again) == structure
         assert type(again) is type(node)
-
-
-def test_one_iterator_for_two_samplers():
-    batches = iter([np.zeros(2)])
-    samplers = [bx.HostSampler(batches, example=np.zeros(2)) for _ in range(2)]
-    with pytest.raises(ValueError, match="must have iterators of their own, got one for both"):
-        bx.stochastic_hypergradient(
-            lambda x, y, batch: x,
-            bx.stochastic_minimum(lambda x, y, batch: (x - y) ** 2),
-            sampler=samplers[0],
-            outer_sampler=samplers[1],
-            inner_steps=1,
-            adjoint_steps=1,
-            inner_step_size=0.1,
-            adjoint_step_size=0.1,
-        )

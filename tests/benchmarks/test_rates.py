@@ -17,6 +17,8 @@ import rates_fits
 import rates_problems
 import rates_stochastic
 
+pytestmark = pytest.mark.slow  # it compiles as many programs as a study does
+
 
 @pytest.fixture(autouse=True)
 def float64():

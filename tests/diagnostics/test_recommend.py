@@ -114,7 +114,7 @@ def closed_forms(loss, penalty, u):
     ]
 
 
-@pytest.mark.parametrize("k", range(3))
+@pytest.mark.parametrize("k", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2))])
 @pytest.mark.parametrize(
     ("case", "file", "loss"),
     [

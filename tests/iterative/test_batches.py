@@ -64,7 +64,8 @@ def test_lanes_of_a_batch_are_runs_by_themselves(name):
     assert [status == Status.DIVERGED for status in reports.status] == failed
     assert np.isnan(values).tolist() == failed
     assert np.isnan(gradients[1]).any(axis=1).tolist() == failed
-    assert len(set(reports.iterations.tolist())) >= 3  # lanes stop at different steps
+    # Lanes stop at different steps; Newton needs one, for the objective is quadratic.
+    assert len(set(reports.iterations.tolist())) >= (2 if name == "Newton" else 3)
     # A start at the solution: a run of no steps, whose derivative is that of its start.
     assert (reports.status[1], reports.iterations[1]) == (Status.CONVERGED, 0)
     np.testing.assert_array_equal(gradients[1][1], np.zeros(2))
