@@ -4,7 +4,11 @@ With XLA_FLAGS= and JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment, the tes
 programs do; that takes several times as long and must give the same verdicts.
 """
 
+import itertools
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
@@ -13,3 +17,17 @@ import jax
 jax.config.update("jax_enable_x64", True)
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
+
+_MAPS = Path("/proc/self/maps")
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps():
+    """Drop what was compiled before the process runs out of memory maps.
+
+    Every program of XLA takes some of the 65 530 that Linux allows, and without one it crashes.
+    """
+    yield
+    if next(_tests) % 20 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
