@@ -25,7 +25,6 @@ are not yet closer to the solution than that.
 
 import argparse
 import functools
-import json
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -37,6 +36,7 @@ import efficiency_problems as problems
 import jax
 import jax.numpy as jnp
 import numpy as np
+import outcome
 from efficiency_problems import Data, DataError, Draw
 from jax.numpy.linalg import norm
 from tqdm import tqdm
@@ -232,18 +232,6 @@ def by_seed(values: np.ndarray) -> np.ndarray:
     return np.array([np.median(row) if row.size else np.nan for row in rows])
 
 
-def for_json(value: Any) -> Any:
-    """Return lists for arrays, and None for NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: for_json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [for_json(entry) for entry in value]
-    value = np.asarray(value).tolist()
-    if isinstance(value, list):
-        return for_json(value)
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
 def read(paths: list[Path]) -> list[Data]:
     if not paths:
         return [problems.diabetes(), problems.breast_cancer()]
@@ -304,8 +292,7 @@ def main() -> None:
     }
     written = {"run": run, "cases": results}
     print(*figures.table(written), sep="\n")
-    text = json.dumps(for_json(written), indent=1, allow_nan=False)
-    (options.output / "results.json").write_text(text + "\n")
+    outcome.write(written, options.output)
     print(f"\n{run['seconds']:.0f} seconds; figures and all numbers are in {options.output}")
 
 

@@ -24,7 +24,6 @@ Whatever is not so is listed as missed, and then the exit status is 1.
 """
 
 import argparse
-import json
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -34,6 +33,7 @@ from typing import Any
 
 import memory_points as points
 import numpy as np
+import outcome
 from matplotlib.figure import Figure
 from measure import paired
 from memory_points import DIM, MEGABYTE, ROWS, Point
@@ -214,14 +214,6 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def for_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: for_json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [for_json(entry) for entry in value]
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -249,13 +241,11 @@ def main() -> None:
         "seconds_checkpointed_plain_ratio": timed,
         **{name: metadata.version(name) for name in ("jax", "bilevax", "jaxopt")},
     }
-    text = json.dumps(for_json({"run": run, "contenders": rows}), indent=1, allow_nan=False)
-    (options.output / "results.json").write_text(text + "\n")
+    outcome.write({"run": run, "contenders": rows}, options.output)
     failures = [
         f"{name}: {', '.join(row['missed'])}" for name, row in rows.items() if row["missed"]
     ]
-    print("\nMissed:" if failures else "\nEverything is as theory has it.")
-    print(*(f"  {failure}" for failure in failures), sep="\n", end="\n" if failures else "")
+    outcome.tell(failures)
     print(f"\n{run['seconds']:.0f} seconds; figure and all numbers are in {options.output}")
     if failures:
         parser.exit(1)

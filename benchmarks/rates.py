@@ -35,7 +35,6 @@ Whatever is not as theory has it is listed as missed, and then the exit status i
 
 import argparse
 import functools
-import json
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -45,6 +44,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import outcome
 import rates_equilibrium as equilibrium
 import rates_figures as figures
 import rates_problems as problems
@@ -282,18 +282,6 @@ def all_missed(results: dict[str, Any]) -> list[str]:
     return [f"{where}: {', '.join(curve['missed'])}" for where, curve in found if curve["missed"]]
 
 
-def for_json(value: Any) -> Any:
-    """Return lists for arrays, and None for NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: for_json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [for_json(entry) for entry in value]
-    value = np.asarray(value).tolist()
-    if isinstance(value, list):
-        return for_json(value)
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -332,10 +320,8 @@ def main() -> None:
         **{name: metadata.version(name) for name in ("jax", "bilevax")},
     }
     print(*figures.table(results), sep="\n")
-    text = json.dumps(for_json({"run": run, **results}), indent=1, allow_nan=False)
-    (options.output / "results.json").write_text(text + "\n")
-    print("\nMissed:" if failures else "\nEverything is as theory has it.")
-    print(*(f"  {failure}" for failure in failures), sep="\n", end="\n" if failures else "")
+    outcome.write({"run": run, **results}, options.output)
+    outcome.tell(failures)
     print(f"\n{run['seconds']:.0f} seconds; figures and all numbers are in {options.output}")
     if failures:
         parser.exit(1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import operator
 from typing import Any
 
 import jax
@@ -116,6 +117,18 @@ def not_negative(name: str, value: Any, *, whole: bool = False) -> None:
     if isinstance(value, int | float) and not value >= 0:
         raise ValueError(f"`{name}` must not be negative, got {value!r}.")
     _whole(name, value, whole)
+
+
+def known_whole(name: str, value: Any) -> int:
+    """Return a positive whole number that decides upon shapes, or raise; it may not be traced."""
+    try:
+        whole = operator.index(value)
+    except TypeError as error:
+        raise TypeError(
+            f"`{name}` must be a whole number that is known while tracing, got {value!r}."
+        ) from error
+    positive(name, whole)
+    return whole
 
 
 def mode(value: Any) -> None:

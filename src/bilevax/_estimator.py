@@ -12,7 +12,7 @@ from bilevax import _trees as trees
 from bilevax._closures import as_partial
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
-from bilevax._separable import not_separable, representative
+from bilevax._separable import not_separable
 from bilevax.rules import Rule, Settings, correct_tasks, pull_tasks
 
 PyTree = Any
@@ -49,13 +49,13 @@ def checked_point(
     function = as_partial("outer", outer)
     checks.is_component("problem", problem, Problem, "minimum(objective)")
     checks.is_component("rule", rule, Rule, "Implicit()")
-    not_separable("problem", problem)
+    not_separable(problem)
     checks.inner_variable(x)
     checks.outer_variable(y)
     x, y = trees.as_arrays(x), trees.as_arrays(y)
     if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(y)):
         raise TypeError(f"`y` must have floating entries, got {checks.describe(y)}.")
-    rule.check_values(representative(problem, x)[1], y)
+    rule.check_values(x, y)
     return function, x, y
 
 

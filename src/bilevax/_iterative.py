@@ -68,8 +68,8 @@ class Unrolled(IterativeRule):
     the problem closes over. In reverse mode that is allocated for `maxiter` steps, which must be a
     Python int; steps after an early stop cost nothing. Line searches have their outcome as a
     constant. The linear solves of `Newton()` are made to full accuracy here, for their derivative
-    is that of the exact solution; a linear solver that you give it should be accurate too. The
-    derivative is that of the run, however short: from a start at the solution it is zero.
+    is that of the exact solution; with a linear solver of yours that does not get there it is NaN.
+    The derivative is that of the run, however short: from a start at the solution it is zero.
 
     Through a `solution_map`, JAX differentiates in any mode and to any order.
 

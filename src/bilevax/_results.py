@@ -31,9 +31,10 @@ class LinearReport(NamedTuple):
         """The mean factor by which a step changed the residual.
 
         For `Neumann` it tends to the spectral radius of I - step_size * A, that of T_1 on a fixed
-        point: above 1, the series diverges.
+        point: above 1, the series diverges. NaN where no steps were taken or counted.
         """
-        return self.residual ** (1 / jnp.maximum(self.iterations, 1))
+        factor = self.residual ** (1 / jnp.maximum(self.iterations, 1))
+        return jnp.where(self.iterations > 0, factor, jnp.nan)
 
 
 class SolveReport(NamedTuple):
@@ -56,7 +57,7 @@ class SolveReport(NamedTuple):
 
     @property
     def contraction(self) -> jax.Array:
-        """The mean factor by which a step changed ||F||, which estimates that of a contraction."""
+        """The mean factor by which a step changed ||F||; 1 where no step was taken."""
         ratio = self.residual / self.initial_residual
         factor = ratio ** (1 / jnp.maximum(self.iterations, 1))
         return jnp.where(self.iterations > 0, factor, 1)  # a start at the solution is 0 / 0

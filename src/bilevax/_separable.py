@@ -148,11 +148,11 @@ def spread(problem: Problem, value: Any) -> jax.Array:
     return jnp.broadcast_to(value, (_count(problem.tasks),))
 
 
-def not_separable(name: str, problem: Problem) -> None:
-    """Raise where the errors of many tasks cannot be told apart."""
+def not_separable(problem: Problem) -> None:
+    """Raise where there are no certificates of many tasks."""
     if isinstance(problem, Separable):
         raise TypeError(
-            f"`{name}` is about certificates, which judge one inner problem; got a separable one. "
+            "`problem` must not be separable here: certificates judge one inner problem. "
             "Certify single tasks: `minimum(lambda x, y: f(x, y, task))`."
         )
 

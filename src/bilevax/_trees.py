@@ -130,6 +130,18 @@ def difference(a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda u, w: u if is_float0(u) else u - w, a, b)
 
 
+def with_floating(values: list[jax.Array], like: PyTree) -> PyTree:
+    """Return a cotangent of `like` from its floating leaves; integer and key leaves get float0."""
+    remaining = iter(values)
+
+    def place(leaf: jax.Array) -> Any:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return next(remaining)
+        return jax.custom_derivatives.zero_from_primal(leaf)
+
+    return jax.tree.map(place, like)
+
+
 def floating(tree: PyTree) -> list[jax.Array]:
     """Return the leaves of a cotangent but for those of integer and PRNG-key leaves (float0)."""
     return [leaf for leaf in jax.tree.leaves(tree) if not is_float0(leaf)]

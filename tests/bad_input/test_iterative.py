@@ -192,7 +192,7 @@ SEPARABLE = bx.separable(TASK, np.ones(3))
         (
             lambda: engine(problem=SEPARABLE, accuracy=bx.RelativeAccuracy(1e-2)),
             TypeError,
-            "`accuracy` is about certificates, which judge one inner problem; got a separable one. "
+            "`problem` must not be separable here: certificates judge one inner problem. "
             "Certify single tasks: `minimum(lambda x, y: f(x, y, task))`.",
         ),
     ],

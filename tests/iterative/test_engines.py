@@ -160,6 +160,13 @@ def test_a_last_step_that_rounding_ends_is_no_zero_derivative():
     np.testing.assert_allclose(derivative, -1 / ys**2, rtol=1e-7)
 
 
+@pytest.mark.parametrize("rule", [bx.OneStep(), bx.Unrolled(), bx.Unrolled(5)], ids=repr)
+def test_linear_solves_of_newton_that_fail_are_no_derivative(rule):
+    """One step of conjugate gradients does not solve a system with three curvatures."""
+    loose = bx.solution_map(DECOUPLED, bx.Newton(bx.CG(maxiter=1)), rule)
+    assert np.isnan(jax.grad(lambda y: C @ loose(X0, y))(Y)).all()
+
+
 # Reports.
 
 

@@ -135,8 +135,8 @@ def value_and_hypergradient(
             raise TypeError(
                 f"`accuracy` needs a rule with certificates, such as `Implicit()`; got {rule!r}."
             )
-        not_separable("accuracy", problem)
+        not_separable(problem)
     checks.is_component("on_failure", on_failure, OnFailure, "OnFailure.RETURN")
-    if isinstance(rule, IterativeRule) and isinstance(solver, Solver):
+    if isinstance(rule, IterativeRule):
         rule.bind(solver)  # which raises if they do not fit
     return Engine(outer, problem, solver, rule, accuracy, has_aux, on_failure)

@@ -86,7 +86,7 @@ def evaluate_run(
 ) -> Hypergradient:
     """Differentiate the run of the solver."""
     problem.check(warm.x, y)
-    scale = jax.lax.stop_gradient(_scale(problem, warm, y))
+    scale = _scale(problem, warm, y)
 
     def value_at(y: PyTree) -> tuple[jax.Array, tuple[PyTree, SolveReport, Any]]:
         x, inner = run(problem, warm.x, y, scale)
@@ -112,17 +112,13 @@ def _value_and_forward_gradient(function: Callable[[PyTree], Any], y: PyTree) ->
     moving = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
     flat, unravel = ravel_pytree([leaf for leaf, m in zip(leaves, moving, strict=True) if m])
 
-    def fill(values: list[Any], others: list[Any]) -> PyTree:
-        rest, pairs = iter(values), zip(others, moving, strict=True)
-        return jax.tree.unflatten(structure, [next(rest) if m else u for u, m in pairs])
-
     def of_moving(flat: jax.Array) -> Any:
-        value, aux = function(fill(unravel(flat), leaves))
+        moved, pairs = iter(unravel(flat)), zip(leaves, moving, strict=True)
+        value, aux = function(structure.unflatten([next(moved) if m else u for u, m in pairs]))
         return value, (value, aux)
 
     gradient, (value, aux) = jax.jacfwd(of_moving, has_aux=True)(flat)
-    still = [jax.custom_derivatives.zero_from_primal(leaf) for leaf in leaves]
-    return (value, aux), fill(unravel(gradient.astype(flat.dtype)), still)
+    return (value, aux), trees.with_floating(unravel(gradient.astype(flat.dtype)), y)
 
 
 def _scale(problem: Problem, warm: WarmStart, y: PyTree) -> jax.Array:

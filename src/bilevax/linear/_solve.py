@@ -35,6 +35,7 @@ def linear_solve(
     transpose: bool = False,
     guess: PyTree | None = None,
     on_failure: OnFailure = OnFailure.RETURN,
+    on_derivative_failure: OnFailure | None = None,
 ) -> tuple[PyTree, LinearReport]:
     """Solve (A + damping I) v = b, or its transpose, and report how it went.
 
@@ -48,8 +49,9 @@ def linear_solve(
       transpose: solve with A^T.
       guess: a first guess of v; one that is worse than zero is dropped. No gradient flows
         through it.
-      on_failure: what becomes of v where the solve does not end as asked for; it holds for the
-        solves of derivatives too, which have no report.
+      on_failure: what becomes of v where the solve does not end as asked for.
+      on_derivative_failure: the same for the solves of derivatives, which have no report; None is
+        `on_failure`.
 
     Returns:
       v and a `LinearReport`. v is NaN if b is not finite or if no iterate was computed.
@@ -67,6 +69,8 @@ def linear_solve(
         nothing = jnp.zeros((), jnp.int32)
         return rhs, LinearReport(code(Status.CONVERGED), nothing, nothing, jnp.zeros(()))
     system, b, unravel = _System.build(operator, rhs, solver, transpose, on_failure)
+    if on_derivative_failure is not None:
+        system = dataclasses.replace(system, on_derivative_failure=on_derivative_failure)
     if guess is not None:
         if trees.dimension(guess) != b.size:
             raise TypeError(
@@ -109,6 +113,7 @@ class _System:
     epsilon: float = dataclasses.field(metadata={"static": True})
     transposed: bool = dataclasses.field(metadata={"static": True})
     on_failure: OnFailure = dataclasses.field(metadata={"static": True})
+    on_derivative_failure: OnFailure = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def build(
@@ -163,6 +168,7 @@ class _System:
             operator.structure,
             epsilon,
             transposed,
+            on_failure,
             on_failure,
         )
         return system, b, unravel
@@ -220,6 +226,7 @@ def _solve_jvp(primals: Any, tangents: Any) -> Any:
     tangent_product = jax.jvp(lambda matvec: matvec(v), (system.matvec,), (tangent_system.matvec,))[
         1
     ]
+    system = dataclasses.replace(system, on_failure=system.on_derivative_failure)
     tangent_v = _solve_transposably(system, tangent_b - tangent_product)
     still = jax.tree.map(jax.custom_derivatives.zero_from_primal, report)
     return (v, report), (tangent_v, still)

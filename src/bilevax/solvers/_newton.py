@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
-from bilevax._operator import Structure
+from bilevax._failure import OnFailure
+from bilevax._operator import LinearOperator, Structure
 from bilevax._problems import Minimum, Problem
 from bilevax.linear import CG, GMRES, LinearSolver, linear_solve
 from bilevax.solvers import _base as base
@@ -80,8 +81,8 @@ class Newton(base.Solver):
     def one_step(self, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
         # A whole step, for at a solution rounding alone decides the line search.
         optimality, jacobian = problem.linearize(x, y)
-        solution, _ = linear_solve(jacobian, optimality, self._linear_solver(problem, None))
-        return trees.add_scaled(x, -1, solution)
+        solver = self._linear_solver(problem, None)
+        return trees.add_scaled(x, -1, _solve(jacobian, optimality, solver))
 
     def _linear_solver(self, problem: Problem, rtol: Any) -> LinearSolver:
         if self.linear_solver is not None:
@@ -94,8 +95,7 @@ class Newton(base.Solver):
         forcing = jnp.minimum(0.1, jnp.sqrt(norm / initial_norm))
         solver = self._linear_solver(problem, forcing)
         _, jacobian = problem.linearize(iterate.x, y)
-        solution, _ = linear_solve(jacobian, optimality, solver)
-        direction = trees.negative(solution)
+        direction = trees.negative(_solve(jacobian, optimality, solver))
         if isinstance(problem, Minimum):
             # Not downhill, or NaN because curvature was negative at once: steepest descent.
             descends = trees.inner(optimality, direction) < 0
@@ -103,3 +103,8 @@ class Newton(base.Solver):
             direction = trees.where(descends, direction, steepest)
         found = backtrack(self.line_search, problem, iterate, y, direction, jnp.ones_like(norm))
         return found._replace(state=initial_norm)
+
+
+def _solve(jacobian: LinearOperator, optimality: PyTree, solver: LinearSolver) -> PyTree:
+    # How well is seen by the line search; derivatives of the step have nothing else to tell.
+    return linear_solve(jacobian, optimality, solver, on_derivative_failure=OnFailure.NAN)[0]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -126,23 +125,12 @@ def sihd(
             raise TypeError(f"`growth` must be a single number, got {checks.describe(growth)}.")
     if projection is not None:
         projection = as_partial("projection", projection)
-    steps = _steps(steps)
+    steps = checks.known_whole("steps", steps)
     y, state = engine.checked(y, state)
     # As Partials the two functions are pytrees without leaves, like all functions here.
     init, update = Partial(optimizer.init), Partial(optimizer.update)
     result = _run(engine, init, update, y, anonymous(state), growth, projection, steps=steps)
     return result._replace(state=named(result.state, state))
-
-
-def _steps(steps: Any) -> int:
-    try:
-        whole = operator.index(steps)
-    except TypeError as error:
-        raise TypeError(
-            f"`steps` must be a whole number that is known while tracing, got {steps!r}."
-        ) from error
-    checks.positive("steps", whole)
-    return whole
 
 
 @functools.partial(jax.jit, static_argnames="steps")

@@ -238,7 +238,7 @@ def _evaluate(
     cold, failed = following.cold(), is_failure(status)
     x_next, adjoint_next = trees.where(failed, (cold.x, cold.adjoint), (x, adjoint))
     following = following._replace(x=x_next, adjoint=adjoint_next)
-    return StochasticHypergradient(value, parts.like_outer(y, gradient), x, following, report)
+    return StochasticHypergradient(value, trees.with_floating(gradient, y), x, following, report)
 
 
 def _judge(x: PyTree, start: PyTree, adjoint_residual: jax.Array, others: PyTree) -> jax.Array:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax.tree
 from jax.tree_util import Partial
 
@@ -133,15 +132,3 @@ def average_outer(
         return terms(batch), sampling
 
     return average(draw, samples, sampling)
-
-
-def like_outer(y: PyTree, cotangents: list[jax.Array]) -> PyTree:
-    """Return a cotangent of y from those of its floating leaves; the other ones get float0."""
-    remaining = iter(cotangents)
-
-    def place(leaf: jax.Array) -> Any:
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            return next(remaining)
-        return np.zeros(leaf.shape, jax.dtypes.float0)
-
-    return jax.tree.map(place, y)

@@ -3,7 +3,6 @@
 import abc
 import dataclasses
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -79,7 +78,7 @@ class StoredSampler(Sampler):
     batch_size: int = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "batch_size", _batch_size(self.batch_size))
+        object.__setattr__(self, "batch_size", checks.known_whole("batch_size", self.batch_size))
 
     @property
     def source(self) -> Source:
@@ -256,17 +255,6 @@ def single_key(key: Any) -> jax.Array:
     if dtype == jnp.uint32 and key.ndim == 1:  # one of `jax.random.PRNGKey`
         return jax.random.wrap_key_data(key)
     raise TypeError(f"`key` must be a PRNG key, for example `jax.random.key(0)`; got {key!r}.")
-
-
-def _batch_size(batch_size: Any) -> int:
-    try:
-        whole = operator.index(batch_size)
-    except TypeError as error:
-        raise TypeError(
-            f"`batch_size` must be a whole number that is known while tracing, got {batch_size!r}."
-        ) from error
-    checks.positive("batch_size", whole)
-    return whole
 
 
 def _count_examples(data: PyTree) -> int:
