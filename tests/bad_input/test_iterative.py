@@ -237,7 +237,7 @@ def test_a_function_of_a_task_that_does_not_fit():
     ids=["hypergradient_error", "efficiency_constant", "recommend_rule"],
 )
 def test_certificates_judge_one_inner_problem(call):
-    message = "which judge one inner problem; got a separable one. Certify single tasks:"
+    message = "`problem` must not be separable here: certificates judge one inner problem."
     assert_fails(TypeError, message, call, lambda x, y: jnp.sum(x), np.ones(3))
 
 
