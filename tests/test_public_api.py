@@ -33,9 +33,13 @@ COMPONENTS = (
     bx.Problem,
     bx.StochasticProblem,
     bx.Sampler,
+    bx.Schedule,
 )
 # What functions hand out, and what solvers hand to the loop: nobody makes these.
 HANDED_OUT = {
+    "Best",
+    "BilevelHistory",
+    "BilevelState",
     "Certificate",
     "DescentHistory",
     "DescentResult",
@@ -46,9 +50,14 @@ HANDED_OUT = {
     "Iterate",
     "LinearOperator",
     "LinearReport",
+    "Milestone",
+    "MinimizeResult",
+    "OuterStep",
     "RuleReport",
     "RuleTable",
     "SamplerState",
+    "ScipyObjective",
+    "Seconds",
     "Separable",
     "SolutionMap",
     "SolveError",
@@ -169,7 +178,8 @@ LAYERS = [
     {"certificates"},
     {"stochastic"},
     {"_solution_map", "hypergradient"},
-    {"diagnostics"},
+    {"outer"},
+    {"diagnostics", "checkpoints"},
     {""},  # the package itself, which exports
     {"demo"},
 ]

@@ -115,6 +115,17 @@ def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda u, w: jax.lax.select(condition, u, w), a, b)
 
 
+@jax.custom_batching.custom_vmap
+def in_any_lane(condition: jax.Array) -> jax.Array:
+    """Tell whether a condition holds in any lane of `jax.vmap`, so that `cond` stays a `cond`."""
+    return condition
+
+
+@in_any_lane.def_vmap
+def _in_any_lane_of_a_batch(_: Any, is_batched: Any, condition: jax.Array) -> Any:
+    return in_any_lane(jnp.any(condition, axis=0)), False
+
+
 def is_float0(leaf: Any) -> bool:
     """Tell whether a cotangent belongs to an integer or PRNG-key leaf."""
     return getattr(leaf, "dtype", None) == jax.dtypes.float0

@@ -91,7 +91,7 @@ def _iterate(
     def when(due: jax.Array, steps: Callable[[Progress], Progress], start: Progress) -> Progress:
         if sweep.is_fixed:
             return steps(start)
-        return jax.lax.cond(_in_any_lane(due), steps, lambda start: start, start)
+        return jax.lax.cond(trees.in_any_lane(due), steps, lambda start: start, start)
 
     def one(progress: Progress, _: None) -> tuple[Progress, None]:
         due, progress = is_due(progress), _without_norm(progress)
@@ -143,14 +143,3 @@ def _until_the_last(
         lambda progress: progress.iterations < end.iterations - last, step, older
     )
     return before, end
-
-
-@jax.custom_batching.custom_vmap
-def _in_any_lane(condition: jax.Array) -> jax.Array:
-    """Tell whether a condition holds in any lane of `jax.vmap`, so that `cond` stays a `cond`."""
-    return condition
-
-
-@_in_any_lane.def_vmap
-def _in_any_lane_of_a_batch(_: Any, is_batched: Any, condition: jax.Array) -> Any:
-    return _in_any_lane(jnp.any(condition, axis=0)), False

@@ -17,7 +17,13 @@ from bilevax._failure import OnFailure
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, SolveReport
 from bilevax._status import Status, code, is_failure
-from bilevax.certificates._certificate import Certificate, Reference, certify
+from bilevax.certificates._certificate import (
+    CERTIFICATE_SHARE,
+    Certificate,
+    Reference,
+    certificate_settings,
+    certify,
+)
 from bilevax.linear import default_rtol
 from bilevax.rules import Rule, Settings
 from bilevax.solvers import Iterate, Solver
@@ -29,8 +35,6 @@ _AIM = 0.6
 # Tolerance of the rule's linear solves, at first, over the relative error that is expected of a
 # round. A residual can hide an error of the hypergradient that is many times as large, relatively.
 _LINEAR_SHARE = 0.1
-# Tolerance of the certificate's solves over that of the rule's: it must see what they leave.
-_CERTIFICATE_SHARE = 0.1
 # The part of the error allowed that the adjoint may take.
 _ADJOINT_SHARE = 0.3
 # A round of inner steps costs at least this part of the certificate before it.
@@ -178,10 +182,6 @@ def solve_accurately(
       The last estimate, a report on the inner solve, and the certificate. The status of the report
       is CONVERGED if the accuracy was reached.
     """
-
-    def value(x: PyTree, y: PyTree) -> jax.Array:
-        return outer(x, y)[0] if has_aux else outer(x, y)
-
     checks.single_numbers(accuracy)
     first = solver.init(problem, start.x, y)
     initial_norm = first.residual
@@ -192,9 +192,10 @@ def solve_accurately(
         settings = Settings(jnp.maximum(rtol, tightest) ** (1 / rule.order), on_failure)
         guess = near.adjoint
         found = estimate(outer, problem, rule, x, y, settings, guess=guess, has_aux=has_aux)
-        rtol = jnp.maximum(_CERTIFICATE_SHARE * rtol, tightest)
-        settings = Settings(rtol, OnFailure.RETURN)
-        certificate, reference = certify(value, problem, rule, found, y, None, settings, near.x)
+        settings = certificate_settings(rtol, x)
+        certificate, reference = certify(
+            outer, problem, rule, found, y, None, settings, near.x, has_aux=has_aux
+        )
         return found, certificate, reference
 
     def step(state: _Round) -> _Round:
@@ -235,7 +236,7 @@ def solve_accurately(
         blame = certificate.adjoint / (_ADJOINT_SHARE * allowed)
         tighter = jnp.where(blame > 1, jnp.clip(2 * blame, 2, 1e3), jnp.where(runs, 1, 1e3))
         share = plan.share / jnp.where(small, 1, tighter)
-        can_tighten = _CERTIFICATE_SHARE * plan.share * plan.expected > tightest
+        can_tighten = CERTIFICATE_SHARE * plan.share * plan.expected > tightest
         going = runs | ((~small | is_loose) & can_tighten)
         going = going & ~is_failure(status) & jnp.isfinite(error)
         factor = jnp.clip(_AIM * allowed / error, 1e-3**rule.order, 0.5)

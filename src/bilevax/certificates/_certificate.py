@@ -11,9 +11,10 @@ from jax.tree_util import Partial
 from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._estimator import Estimate, checked_point, estimate, evaluate
+from bilevax._failure import OnFailure
 from bilevax._problems import Problem
 from bilevax._status import Status, code, is_unsolved
-from bilevax.linear import CG, LinearSolver, linear_solve
+from bilevax.linear import CG, LinearSolver, default_rtol, linear_solve
 from bilevax.rules import Implicit, Rule, Settings, resolve_linear_solver
 
 PyTree = Any
@@ -21,6 +22,8 @@ PyTree = Any
 # A reference point is good enough when ||F|| there is this much smaller than at x.
 _CONTRACTION = 0.05
 _MAX_NEWTON_STEPS = 3
+# Tolerance of the certificate's solves over that of the rule's: it must see what they leave.
+CERTIFICATE_SHARE = 0.1
 # Above this contraction, Newton's method is not where it converges fast.
 _LARGEST_CONTRACTION = 0.3
 
@@ -152,6 +155,13 @@ def _hypergradient_error(
     return certify(outer, problem, rule, found, y, linear_solver, Settings(), found.x)[0]
 
 
+def certificate_settings(rtol: Any, x: PyTree) -> Settings:
+    """Return the settings of a certificate of an estimate with linear solves to `rtol`."""
+    if rtol is not None:
+        rtol = jnp.maximum(CERTIFICATE_SHARE * jnp.asarray(rtol), default_rtol(x))
+    return Settings(rtol, OnFailure.RETURN)
+
+
 def certify(
     outer: Callable[..., Any],
     problem: Problem,
@@ -161,6 +171,8 @@ def certify(
     linear_solver: LinearSolver | None,
     settings: Settings,
     near: PyTree,
+    *,
+    has_aux: bool = False,
 ) -> tuple[Certificate, Reference]:
     """Judge an estimate; inside one trace.
 
@@ -173,16 +185,21 @@ def certify(
       linear_solver: see `hypergradient_error`.
       settings: the tolerance of the solves.
       near: where Newton's method starts: the point of the estimate, or an earlier reference.
+      has_aux: whether `outer` returns a pair.
 
     Returns:
       The certificate, and the reference.
     """
+
+    def value(x: PyTree, y: PyTree) -> jax.Array:
+        return outer(x, y)[0] if has_aux else outer(x, y)
+
     linear_solver = rule.linear_solver if linear_solver is None else linear_solver
     if linear_solver is not None:
         linear_solver = linear_solver.without_limits()
     newton = _refine(problem, found.x, near, y, linear_solver, settings)
     exact = evaluate(
-        outer,
+        value,
         problem,
         rule.with_linear_solver(linear_solver),
         found.x,
@@ -191,7 +208,7 @@ def certify(
         guess=found.rule.adjoint,
     )
     reference = evaluate(
-        outer, problem, Implicit(linear_solver), newton.x, y, settings, guess=exact.rule.adjoint
+        value, problem, Implicit(linear_solver), newton.x, y, settings, guess=exact.rule.adjoint
     )
     error = trees.difference(found.gradient, reference.gradient)
     absolute = trees.scaled_norm(trees.floating(error))
@@ -202,7 +219,7 @@ def certify(
         unsolved.append(jnp.where(is_unsolved(solve.status), solve.status, 0))
         counts.append(solve.products)
 
-    contraction, status = _judge(outer, problem, found.x, y, newton, reference.rule.adjoint)
+    contraction, status = _judge(value, problem, found.x, y, newton, reference.rule.adjoint)
     status = jnp.max(jnp.stack([status, *unsolved]))
     finite = jnp.isfinite(absolute) & ~jnp.isnan(contraction)
     certificate = Certificate(

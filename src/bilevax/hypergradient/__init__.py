@@ -1,6 +1,7 @@
 """The explicit engine: value and hypergradient, with warm starts and reports."""
 
 from bilevax.hypergradient._engine import Engine as Engine
+from bilevax.hypergradient._engine import require_certificates as require_certificates
 from bilevax.hypergradient._engine import value_and_hypergradient as value_and_hypergradient
 from bilevax.hypergradient._results import Hypergradient as Hypergradient
 from bilevax.hypergradient._results import HypergradientReport as HypergradientReport

@@ -22,17 +22,22 @@ from bilevax.solvers import Solver
 PyTree = Any
 
 
+@trees.register
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """A pure function (y, warm) -> `Hypergradient`; made by `value_and_hypergradient`."""
+    """A pure function (y, warm) -> `Hypergradient`; made by `value_and_hypergradient`.
+
+    A pytree, like all that it is made of: its numbers are leaves.
+    """
 
     outer: Partial
     problem: Problem
     solver: Solver
     rule: Rule | IterativeRule
     accuracy: Accuracy | None
-    has_aux: bool
-    on_failure: OnFailure
+    certified: bool = dataclasses.field(metadata={"static": True})
+    has_aux: bool = dataclasses.field(metadata={"static": True})
+    on_failure: OnFailure = dataclasses.field(metadata={"static": True})
 
     def __call__(self, y: PyTree, warm: WarmStart) -> Hypergradient:
         """Return value, hypergradient, next warm start and report at y."""
@@ -67,6 +72,7 @@ class Engine:
             self.accuracy,
             y,
             warm,
+            certified=self.certified,
             has_aux=self.has_aux,
             on_failure=self.on_failure,
         )
@@ -79,6 +85,7 @@ def value_and_hypergradient(
     rule: Rule | IterativeRule | None = None,
     *,
     accuracy: Accuracy | None = None,
+    certified: bool = False,
     has_aux: bool = False,
     on_failure: OnFailure = OnFailure.RETURN,
 ) -> Engine:
@@ -104,6 +111,8 @@ def value_and_hypergradient(
         inner solver then runs on until a certificate says that the hypergradient is that accurate;
         `maxiter` and `atol` still bound it. Linear solves without a tolerance of their own follow
         the accuracy.
+      certified: whether the report has a certificate of the hypergradient at the tolerance of the
+        solver; its linear solves are made to a tenth of that. With `accuracy`, it has one anyway.
       has_aux: whether `outer` returns a pair.
       on_failure: by default results are returned as they are and the report tells; see
         `solution_map`.
@@ -112,8 +121,9 @@ def value_and_hypergradient(
       An `Engine`, called as engine(y, warm), which returns a `Hypergradient`.
 
     Raises:
-      TypeError: for a wrong kind of argument; for an accuracy where there are no certificates; and,
-        at the first call, if `outer` does not return a scalar or the problem does not fit x.
+      TypeError: for a wrong kind of argument; for an accuracy or a certificate where there are no
+        certificates; and, at the first call, if `outer` does not return a scalar or the problem
+        does not fit x.
 
     Example:
       >>> import bilevax as bx
@@ -131,12 +141,19 @@ def value_and_hypergradient(
         checks.is_component("rule", rule, Rule, "Implicit()")
     if accuracy is not None:
         checks.is_component("accuracy", accuracy, Accuracy, "RelativeAccuracy(1e-2)")
-        if isinstance(rule, IterativeRule):
-            raise TypeError(
-                f"`accuracy` needs a rule with certificates, such as `Implicit()`; got {rule!r}."
-            )
-        not_separable(problem)
+        require_certificates("accuracy", problem, rule)
+    if certified:
+        require_certificates("certified", problem, rule)
     checks.is_component("on_failure", on_failure, OnFailure, "OnFailure.RETURN")
     if isinstance(rule, IterativeRule):
         rule.bind(solver)  # which raises if they do not fit
-    return Engine(outer, problem, solver, rule, accuracy, has_aux, on_failure)
+    return Engine(outer, problem, solver, rule, accuracy, certified, has_aux, on_failure)
+
+
+def require_certificates(name: str, problem: Problem, rule: Rule | IterativeRule) -> None:
+    """Raise where there are no certificates, which the argument of that name needs."""
+    if isinstance(rule, IterativeRule):
+        raise TypeError(
+            f"`{name}` needs a rule with certificates, such as `Implicit()`; got {rule!r}."
+        )
+    not_separable(problem)

@@ -17,7 +17,13 @@ from bilevax._problems import Problem
 from bilevax._results import SolveReport
 from bilevax._separable import per_task, representative
 from bilevax._status import is_failure
-from bilevax.certificates import Accuracy, Reference, solve_accurately
+from bilevax.certificates import (
+    Accuracy,
+    Reference,
+    certificate_settings,
+    certify,
+    solve_accurately,
+)
 from bilevax.hypergradient._results import Hypergradient, HypergradientReport, WarmStart
 from bilevax.rules import Rule, Settings
 from bilevax.solvers import Solver
@@ -25,7 +31,7 @@ from bilevax.solvers import Solver
 PyTree = Any
 
 
-@functools.partial(jax.jit, static_argnames=("has_aux", "on_failure"))
+@functools.partial(jax.jit, static_argnames=("certified", "has_aux", "on_failure"))
 def evaluate(
     outer: Partial,
     problem: Problem,
@@ -34,6 +40,7 @@ def evaluate(
     accuracy: Accuracy | None,
     y: PyTree,
     warm: WarmStart,
+    certified: bool,
     has_aux: bool,
     on_failure: OnFailure,
 ) -> Hypergradient:
@@ -47,6 +54,11 @@ def evaluate(
         found = estimate(outer, problem, rule, x, y, settings, guess=warm.adjoint, has_aux=has_aux)
         inner = inner._replace(correction=found.correction)
         certificate = None
+        if certified:
+            tighter = certificate_settings(settings.rtol, x)
+            certificate, _ = certify(
+                outer, problem, rule, found, y, None, tighter, found.x, has_aux=has_aux
+            )
     else:
         found, inner, certificate = solve_accurately(
             outer,

@@ -37,8 +37,8 @@ class HypergradientReport(NamedTuple):
       inner: the `SolveReport` of the inner solve, with the correction of a `Preconditioned` rule.
       adjoint: the `LinearReport` of the adjoint solve; None for rules without one (`Unrolled`).
       identity_entries: see `RuleReport`; None for rules without an adjoint solve.
-      certificate: with `accuracy=`, the `Certificate` of this very gradient, at the point and with
-        the adjoint behind it; else None.
+      certificate: with `accuracy=` or `certified=True`, the `Certificate` of this very gradient, at
+        the point and with the adjoint behind it; else None.
 
     With `accuracy=` the inner solver stops by the certificate, so `inner.status` tells whether the
     accuracy was reached: CONVERGED; MAXITER; STALLED where this precision allows no more. Costs are

@@ -60,6 +60,14 @@ class LinearSolver(abc.ABC):
             return dataclasses.replace(self, rtol=rtol)  # type: ignore[type-var]
         return self
 
+    def with_steps(self, steps: Any) -> "LinearSolver":
+        """Return this solver with exactly so many steps and no tolerance.
+
+        Raises:
+          TypeError: if it does not take steps of one product each.
+        """
+        raise TypeError(f"`{type(self).__name__}` does not count steps; take `CG()` or `Neumann`.")
+
     def without_limits(self) -> "LinearSolver | None":
         """Return this solver without what keeps it from the exact solution of A v = b.
 

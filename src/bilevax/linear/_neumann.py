@@ -84,6 +84,9 @@ class Neumann(base.LinearSolver):
         size = _operator_norm(operator)
         return jnp.where(size > 0, 1 / size, unit)
 
+    def with_steps(self, steps: Any) -> base.LinearSolver:
+        return dataclasses.replace(self, steps=steps)
+
     def solve(
         self,
         operator: LinearOperator,

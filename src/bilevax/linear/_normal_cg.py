@@ -73,6 +73,9 @@ class NormalCG(base.LinearSolver):
     def __post_init__(self) -> None:
         base.check_numbers(self)
 
+    def with_steps(self, steps: Any) -> base.LinearSolver:
+        return dataclasses.replace(self, rtol=0.0, atol=0.0, maxiter=steps)
+
     def solve(
         self,
         operator: LinearOperator,
