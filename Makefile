@@ -9,7 +9,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # pyright would ask the network whether a newer version exists.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: test demo bench certificates study rates memory equilibrium lint constraints clean
+.PHONY: test demo bench certificates study rates memory equilibrium kills steady lint constraints clean
 .NOTPARALLEL: # two installs must not write to .venv at once
 
 # All tests but the slow ones. For every test: make test ARGS='-m ""'
@@ -38,6 +38,14 @@ memory: $(VENV)/dev.stamp
 
 equilibrium: $(VENV)/dev.stamp
 	$(PY) benchmarks/equilibrium.py $(ARGS)
+
+# A training run that is killed 20 times, beside one that is not: the same bits at the end.
+kills: $(VENV)/dev.stamp
+	$(PY) benchmarks/kills.py $(ARGS)
+
+# The share of a training run that is spent inside of compiled steps.
+steady: $(VENV)/dev.stamp
+	$(PY) benchmarks/steady_state.py $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check

@@ -35,7 +35,7 @@ class Engine:
     solver: Solver
     rule: Rule | IterativeRule
     accuracy: Accuracy | None
-    certified: bool = dataclasses.field(metadata={"static": True})
+    certified: Any  # whether to make a certificate, which may be traced; None for never
     has_aux: bool = dataclasses.field(metadata={"static": True})
     on_failure: OnFailure = dataclasses.field(metadata={"static": True})
 
@@ -70,9 +70,9 @@ class Engine:
             self.solver,
             self.rule,
             self.accuracy,
+            self.certified,
             y,
             warm,
-            certified=self.certified,
             has_aux=self.has_aux,
             on_failure=self.on_failure,
         )
@@ -147,7 +147,9 @@ def value_and_hypergradient(
     checks.is_component("on_failure", on_failure, OnFailure, "OnFailure.RETURN")
     if isinstance(rule, IterativeRule):
         rule.bind(solver)  # which raises if they do not fit
-    return Engine(outer, problem, solver, rule, accuracy, certified, has_aux, on_failure)
+    return Engine(
+        outer, problem, solver, rule, accuracy, True if certified else None, has_aux, on_failure
+    )
 
 
 def require_certificates(name: str, problem: Problem, rule: Rule | IterativeRule) -> None:

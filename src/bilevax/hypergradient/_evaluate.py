@@ -19,6 +19,7 @@ from bilevax._separable import per_task, representative
 from bilevax._status import is_failure
 from bilevax.certificates import (
     Accuracy,
+    Certificate,
     Reference,
     certificate_settings,
     certify,
@@ -31,16 +32,16 @@ from bilevax.solvers import Solver
 PyTree = Any
 
 
-@functools.partial(jax.jit, static_argnames=("certified", "has_aux", "on_failure"))
+@functools.partial(jax.jit, static_argnames=("has_aux", "on_failure"))
 def evaluate(
     outer: Partial,
     problem: Problem,
     solver: Solver,
     rule: Rule,
     accuracy: Accuracy | None,
+    certified: Any,
     y: PyTree,
     warm: WarmStart,
-    certified: bool,
     has_aux: bool,
     on_failure: OnFailure,
 ) -> Hypergradient:
@@ -54,10 +55,14 @@ def evaluate(
         found = estimate(outer, problem, rule, x, y, settings, guess=warm.adjoint, has_aux=has_aux)
         inner = inner._replace(correction=found.correction)
         certificate = None
-        if certified:
+        if certified is not None:
             tighter = certificate_settings(settings.rtol, x)
-            certificate, _ = certify(
-                outer, problem, rule, found, y, None, tighter, found.x, has_aux=has_aux
+            certificate = _certificate_if(
+                certified,
+                lambda: certify(
+                    outer, problem, rule, found, y, None, tighter, found.x, has_aux=has_aux
+                )[0],
+                y,
             )
     else:
         found, inner, certificate = solve_accurately(
@@ -131,6 +136,26 @@ def _value_and_forward_gradient(function: Callable[[PyTree], Any], y: PyTree) ->
 
     gradient, (value, aux) = jax.jacfwd(of_moving, has_aux=True)(flat)
     return (value, aux), trees.with_floating(unravel(gradient.astype(flat.dtype)), y)
+
+
+def _certificate_if(certified: Any, certify: Callable[[], Certificate], y: PyTree) -> Certificate:
+    """Return a certificate; where none is asked for, one of NaN that costs nothing."""
+
+    def with_one() -> Certificate:
+        certificate = certify()
+        return certificate._replace(error=trees.floating(certificate.error))
+
+    def without() -> Certificate:
+        return jax.tree.map(_nothing, jax.eval_shape(with_one))
+
+    certificate = jax.lax.cond(certified, with_one, without)
+    return certificate._replace(error=trees.with_floating(certificate.error, y))
+
+
+def _nothing(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return NaN, or zero where there is none: no products were spent."""
+    is_floating = jnp.issubdtype(shape.dtype, jnp.floating)
+    return jnp.full(shape.shape, jnp.nan if is_floating else 0, shape.dtype)
 
 
 def _scale(problem: Problem, warm: WarmStart, y: PyTree) -> jax.Array:

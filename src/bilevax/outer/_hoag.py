@@ -35,9 +35,9 @@ def hoag(
     The tolerance falls with the schedule, the solves start warm, and L_s estimates the curvature of
     h from values that are as inexact as the tolerances e_s are. With d_s = ||y_s - y_{s-1}||,
 
-        L_{s+1} = 0.95 L_s  if g_s <= g_{s-1} + e_s + e_{s-1} (1 + d_s) - L_s d_s^2 / 2,
-                  L_s       else, if g_s <= g_{s-1},
-                  2 L_s     else.
+        L_s = 0.95 L_{s-1}  if g_s <= g_{s-1} + e_s + e_{s-1} (1 + d_s) - L_{s-1} d_s^2 / 2,
+              L_{s-1}       else, if g_s <= g_{s-1},
+              2 L_{s-1}     else.
 
     The tolerances, which have no unit, stand for errors of the value: scale g to be about 1.
 

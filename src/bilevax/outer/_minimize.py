@@ -17,7 +17,7 @@ from bilevax.outer._interrupts import Interrupts
 from bilevax.outer._progress import ProgressBar
 from bilevax.outer._result import MinimizeResult, Seconds, make_result
 from bilevax.outer._state import BilevelState, Milestone, Outcome
-from bilevax.outer._step import OuterStep
+from bilevax.outer._step import OuterStep, checked_key
 
 PyTree = Any
 
@@ -109,8 +109,8 @@ def minimize(
         checks.positive("patience", patience, whole=True)
     for name, number in {"rtol": rtol, "atol": atol, "min_improvement": min_improvement}.items():
         checks.not_negative(name, number)
-    if callback is not None:
-        checks.is_callable("callback", callback)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"`callback` must be a function, got {callback!r}.")
     if checkpoint is not None:
         checks.is_component("checkpoint", checkpoint, Checkpointer, 'Checkpoints("runs/1")')
     largest = np.iinfo(np.int32).max
@@ -215,7 +215,7 @@ def _start(
             "`y` must have arrays with one common leading axis of runs with `batched=True`, "
             f"got {checks.describe(y)}."
         )
-    keys = jax.random.split(jax.random.key(0) if key is None else key, counts.pop())
+    keys = jax.random.split(jax.random.key(0) if key is None else checked_key(key), counts.pop())
     return jax.vmap(lambda y, key: step.init(y, x0, key=key, history=history))(
         trees.as_arrays(y), keys
     )
@@ -273,7 +273,8 @@ def _value(state: BilevelState) -> float:
     """Return the value of the last step, the smallest of several runs: what a state is worth."""
     step, values = np.asarray(state.step), np.asarray(state.history.value)
     last = (step - 1) % values.shape[-1]
-    return float(np.min(np.take_along_axis(values, last[..., None], axis=-1)))
+    # NaN, of a run that failed, is not the smallest.
+    return float(np.fmin.reduce(np.take_along_axis(values, last[..., None], axis=-1), axis=None))
 
 
 def _identity(step: OuterStep, state: BilevelState, batched: bool) -> Identity:

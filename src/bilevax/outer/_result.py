@@ -65,22 +65,22 @@ def make_result(
     running = Outcome.INTERRUPTED if interrupted else Outcome.STEPS
     codes = np.asarray(state.outcome)
     codes = np.where(codes == Outcome.RUNNING, int(running), codes)
-    ring = jax.device_get(state.history)
+    ring, steps = jax.device_get((state.history, state.step))
+    last = (steps - 1) % ring.status.shape[-1]
+    statuses = np.take_along_axis(ring.status, last[..., None], axis=-1)[..., 0]
     if batched:
-        history, best_run = _ordered_runs(ring, np.asarray(state.step)), _best(state)
-        outcome, steps = codes, np.asarray(state.step)
-        last = {}
+        history, best_run, outcome = _ordered_runs(ring, steps), _best(state), codes
+        alike: dict[tuple[int, int], list[int]] = {}
         for run, code in enumerate(codes):
-            last.setdefault(Outcome(int(code)), []).append(run)
+            status = statuses[run] if code == Outcome.FAILED else 0
+            alike.setdefault((int(code), int(status)), []).append(run)
         message = "; ".join(
-            f"{len(runs)} of {len(codes)} runs: "
-            + _message(key, int(steps[runs[0]]), _row(history, runs[0]))
-            for key, runs in sorted(last.items())
+            f"{len(runs)} of {len(codes)} runs: {_message(Outcome(code), status, steps[runs])}"
+            for (code, status), runs in sorted(alike.items())
         )
     else:
-        best_run, steps = None, int(state.step)
-        history, outcome = _ordered(ring, steps), Outcome(int(codes))
-        message = _message(outcome, steps, history)
+        history, best_run, outcome = _ordered(ring, int(steps)), None, Outcome(int(codes))
+        message, steps = _message(outcome, int(statuses), steps), int(steps)
     y, x, value = state.best.y, state.best.x, np.asarray(state.best.value)
     return MinimizeResult(y, x, value, outcome, steps, message, state, history, seconds, best_run)
 
@@ -115,8 +115,10 @@ def _row(history: BilevelHistory, run: int) -> BilevelHistory:
     return BilevelHistory(*(leaf[run] for leaf in history))
 
 
-def _message(outcome: Outcome, steps: int, history: BilevelHistory) -> str:
-    after = f"after {steps} steps"
+def _message(outcome: Outcome, status: int, steps: np.ndarray) -> str:
+    """Say how runs ended that took so many steps, the last of them with this status."""
+    least, most = np.min(steps), np.max(steps)
+    after = f"after {most} steps" if least == most else f"after {least} to {most} steps"
     match outcome:
         case Outcome.CONVERGED:
             return f"the norm of the projected gradient met the tolerance {after}"
@@ -125,12 +127,11 @@ def _message(outcome: Outcome, steps: int, history: BilevelHistory) -> str:
         case Outcome.INTERRUPTED:
             return f"interrupted by a signal {after}"
         case Outcome.FAILED:
-            status = Status(max(int(history.status[steps and -1]), 0))
             what = (
                 "a value, gradient or update was not finite"
-                if status is Status.NONFINITE
-                else f"a solve ended {status.name}"
+                if status == Status.NONFINITE
+                else f"a solve ended {Status(status).name}"
             )
-            return f"{what} {after}, y is that before it; {status.remedy}"
+            return f"{what} {after}, y is that before it; {Status(status).remedy}"
         case _:
             return f"stopped {after}, as asked for; the gradient had not met the tolerance"

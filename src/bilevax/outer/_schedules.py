@@ -240,6 +240,7 @@ class _Memory(NamedTuple):
     size: jax.Array  # the gradient has this norm
     ratio: jax.Array  # what the change of the norm since then makes of it
     due: jax.Array  # the number of the step that is certified next
+    interval: jax.Array  # how many steps the last certificate is good for
 
 
 @trees.register
@@ -249,14 +250,15 @@ class Adaptive(Schedule):
 
         || Omega - dh/dy || <= fraction * || Omega ||
 
-    The first hypergradient gets a certificate, and so does one in every `every` steps. The error is
-    proportional to rtol^order (`Rule.order`), so a certificate tells the tolerance that the
-    fraction asks for; in between, the tolerance follows the norm of the gradient. Where a
-    certificate finds more error than allowed, or none can be made, the next step gets one as well.
+    The first hypergradient gets a certificate, and further ones follow after 2, 4, 8, ... steps, up
+    to `every`. The error is proportional to rtol^order (`Rule.order`), so a certificate tells the
+    tolerance that the fraction asks for; in between, the tolerance follows the norm of the
+    gradient. Where a certificate finds more error than allowed, or none can be made, the next step
+    gets one, and the count begins anew.
 
     Args:
       fraction: between 0 and 1, without unit.
-      every: how many steps share a certificate, which costs about as much as a hypergradient.
+      every: how many steps share a certificate at most; one costs about as much as a hypergradient.
       first: the tolerance of the first step.
 
     Raises:
@@ -285,7 +287,8 @@ class Adaptive(Schedule):
 
     def init(self, dtype: Any) -> _Memory:
         one = jnp.ones((), dtype)
-        return _Memory(jnp.asarray(self.first, dtype), one, one, jnp.zeros((), jnp.int32))
+        none = jnp.zeros((), jnp.int32)
+        return _Memory(jnp.asarray(self.first, dtype), one, one, none, none + 1)
 
     def effort(self, state: _Memory, step: jax.Array, x: PyTree) -> Effort:
         # The gradient moves before its tolerance does, so it may not loosen it by much.
@@ -304,13 +307,15 @@ class Adaptive(Schedule):
         assert certificate is not None  # made in every step, if only of NaN
         size = entry.gradient_norm
         error = (certificate.absolute * (1 + certificate.contraction)).astype(size.dtype)
-        allowed = self.fraction * size
+        allowed = jnp.asarray(self.fraction, size.dtype) * size
         known = (certificate.status == Status.CONVERGED) & jnp.isfinite(error) & (size > 0)
         factor = (_AIM * allowed / error) ** (1 / order)
         factor = jnp.where(known, jnp.clip(factor, 1 / _LARGEST_CHANGE, _LARGEST_CHANGE), _CAUTION)
         certified = step >= state.due
-        following = jnp.where(known & (error <= allowed), self.every, 1)
-        judged = _Memory(entry.rtol * factor, size, jnp.ones_like(size), step + following)
+        longer = jnp.minimum(2 * state.interval, self.every)
+        interval = jnp.where(known & (error <= allowed), longer, 1).astype(jnp.int32)
+        due = step + interval
+        judged = _Memory(entry.rtol * factor, size, jnp.ones_like(size), due, interval)
         ratio = (size / state.size) ** (1 / order)
         return trees.where(certified, judged, state._replace(ratio=ratio))
 

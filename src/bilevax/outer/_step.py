@@ -13,7 +13,7 @@ from bilevax import _checks as checks
 from bilevax import _loop as loop
 from bilevax import _trees as trees
 from bilevax._closures import as_partial
-from bilevax._iterative import IterativeRule
+from bilevax._iterative import Bound, IterativeRule
 from bilevax._separable import per_task
 from bilevax._solution_map import solution_map
 from bilevax._status import is_failure
@@ -82,7 +82,7 @@ class OuterStep:
         checks.inner_variable(y, "y")
         warm, y = cold_start(x0), trees.as_arrays(y)
         history = checks.known_whole("history", history)
-        key = jax.random.key(0) if key is None else _checked_key(key)
+        key = jax.random.key(0) if key is None else checked_key(key)
         if self.projection is not None:
             image = jax.eval_shape(self.projection, y)
             checks.same_structure("projection", image, y, expected="y")
@@ -160,6 +160,10 @@ def make_step(
     checks.is_component("schedule", schedule, Schedule, "Constant(1e-6)")
     if isinstance(engine, Engine):
         schedule.check(engine)
+        if isinstance(engine.rule, IterativeRule):
+            # In a compiled step the length of a run is traced.
+            rule = Bound(engine.rule.bind(engine.solver), engine.rule.mode)
+            engine = dataclasses.replace(engine, rule=rule)
     else:
         if not callable(engine):
             checks.is_component("engine", engine, Engine, "value_and_hypergradient(...)")
@@ -222,6 +226,8 @@ def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
     running = state.outcome == Outcome.RUNNING
     if effort.rtol is not None:
         effort = effort._replace(rtol=jnp.where(running, effort.rtol, 1))
+    if effort.certified is not None:
+        effort = effort._replace(certified=effort.certified & running)
     engine = _with_effort(engine, effort)
     result, certificate = _evaluate(engine, effort, y, warm)
 
@@ -315,26 +321,17 @@ def _evaluate(
     """Return the hypergradient, and a certificate where the effort asks for one, elsewhere NaN."""
     if effort.certified is None:
         return engine(y, warm), None
-
-    def certifying() -> Hypergradient:
-        return dataclasses.replace(engine, certified=True)(y, warm)
-
-    shape = jax.eval_shape(certifying).report.certificate
-
-    def without() -> Hypergradient:
-        result = dataclasses.replace(engine, certified=False)(y, warm)
-        nothing = jax.tree.map(_nothing, shape)
-        return result._replace(report=result.report._replace(certificate=nothing))
-
     due = trees.in_any_lane(effort.certified)
-    result = jax.lax.cond(due, certifying, without)
-    return result, result.report.certificate
+    result = dataclasses.replace(engine, certified=due)(y, warm)
 
+    # A certificate that another lane has asked for is none of this one.
+    def mask(leaf: jax.Array) -> jax.Array:
+        is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.where(effort.certified, leaf, jnp.nan if is_floating else 0)
 
-def _nothing(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """Return NaN, or zero where there is none: no products were spent."""
-    is_floating = jnp.issubdtype(shape.dtype, jnp.floating)
-    return jnp.full(shape.shape, jnp.nan if is_floating else 0, shape.dtype)
+    certificate = jax.tree.map(mask, result.report.certificate)
+    result = result._replace(report=result.report._replace(certificate=certificate))
+    return result, certificate
 
 
 def _value(engine: Engine, y: PyTree, warm: WarmStart) -> jax.Array:
@@ -369,7 +366,8 @@ def _as_arrays(tree: PyTree) -> PyTree:
     return jax.tree.map(convert, tree)
 
 
-def _checked_key(key: Any) -> jax.Array:
+def checked_key(key: Any) -> jax.Array:
+    """Return a PRNG key, or raise if it is none."""
     is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not is_key or key.shape != ():
         raise TypeError(f"`key` must be a PRNG key from `jax.random.key`, got {key!r}.")
