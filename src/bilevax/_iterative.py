@@ -180,6 +180,22 @@ class OneStep(IterativeRule):
         return Partial(_one_step, solver)
 
 
+@trees.register
+@dataclasses.dataclass(frozen=True)
+class Bound(IterativeRule):
+    """A rule that has met its solver where the length of a run was known.
+
+    Numbers of the solver may then be traced, as where an engine is an argument of a compiled
+    function.
+    """
+
+    run: Partial
+    mode: Any = dataclasses.field(metadata={"static": True})
+
+    def bind(self, solver: Solver) -> Partial:
+        return self.run
+
+
 def _unroll(
     sweep: Sweep, solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any = 0.0
 ) -> tuple[PyTree, SolveReport]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bilevax.outer._checkpointing import Identity
+from bilevax.outer import Identity
 
 try:
     import fcntl

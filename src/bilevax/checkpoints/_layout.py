@@ -40,11 +40,11 @@ class Layout:
         self.eps = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
 
     def to_host(self, state: PyTree) -> dict[str, np.ndarray]:
-        """Return copies by name: the next step may reuse the memory of this one."""
+        """Return NumPy's arrays by name; JAX does not reuse memory that they may share with it."""
         leaves = zip(self._leaves, jax.tree.leaves(state), strict=True)
         arrays = [leaf if like.key is None else jax.random.key_data(leaf) for like, leaf in leaves]
-        copies = map(np.array, jax.device_get(arrays))
-        return {leaf.name: copy for leaf, copy in zip(self._leaves, copies, strict=True)}
+        host = map(np.asarray, jax.device_get(arrays))  # all transfers at once
+        return {leaf.name: array for leaf, array in zip(self._leaves, host, strict=True)}
 
     def to_device(self, arrays: dict[str, np.ndarray]) -> PyTree:
         """Return the state again, with every leaf in its place."""

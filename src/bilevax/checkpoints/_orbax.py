@@ -1,7 +1,4 @@
-"""Checkpoints of `minimize` on disk, written by Orbax (the extra `checkpoint`).
-
-A module of its own, which `bilevax` does not import, for Orbax is optional.
-"""
+"""States of runs as numbered checkpoints of Orbax."""
 
 import contextlib
 import dataclasses
@@ -19,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from bilevax import _checks as checks
-from bilevax.outer._checkpointing import Checkpointer, Identity, OpenCheckpoints
-from bilevax.outer._directory import FOLDER, check_space, claim, failure, lock
-from bilevax.outer._layout import Layout
+from bilevax.checkpoints._directory import FOLDER, check_space, claim, failure, lock
+from bilevax.checkpoints._layout import Layout
+from bilevax.outer import Checkpointer, Identity, OpenCheckpoints
 
 try:
     import orbax.checkpoint as ocp

@@ -16,7 +16,7 @@ from bilevax.outer._checkpointing import Checkpointer, Identity, OpenCheckpoints
 from bilevax.outer._interrupts import Interrupts
 from bilevax.outer._progress import ProgressBar
 from bilevax.outer._result import MinimizeResult, Seconds, make_result
-from bilevax.outer._state import BilevelState, Milestone, Outcome
+from bilevax.outer._state import Best, BilevelState, Milestone, Outcome
 from bilevax.outer._step import OuterStep, checked_key
 
 PyTree = Any
@@ -228,7 +228,12 @@ def _advance(
     """Take `count` steps, fewer if all runs end before that."""
 
     def one(state: BilevelState) -> BilevelState:
-        return _judge(criteria, step(state))
+        following = _judge(criteria, step(state))
+        # Values of inexact solutions may be too small: a point that converged is better than those.
+        value = following.history.value[state.step % following.history.value.shape[0]]
+        reached = Best(value, state.y, following.warm.x, state.step)
+        converged = (following.outcome == Outcome.CONVERGED) & (state.outcome == Outcome.RUNNING)
+        return following._replace(best=trees.where(converged, reached, following.best))
 
     def proceed(carry: tuple[BilevelState, jax.Array]) -> jax.Array:
         state, taken = carry

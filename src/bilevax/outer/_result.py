@@ -33,7 +33,8 @@ class MinimizeResult(NamedTuple):
     of runs, and `best_run` is the index of the best one.
 
     Attributes:
-      y: the outer variable with the smallest value.
+      y: the outer variable that met the tolerance; where none did, that with the smallest value, as
+        far as values of inexact inner solutions tell.
       x: the inner solution there.
       value: g(x, y) there; infinite if not even one step could be evaluated.
       outcome: the `Outcome`, for several runs their codes.

@@ -74,6 +74,8 @@ class BilevelHistory(NamedTuple):
 class Best(NamedTuple):
     """The best point of a run, as far as the values of inexact inner solutions tell.
 
+    In a run of `minimize` that converged, it is the point that met the tolerance.
+
     Attributes:
       value: g(x, y), the smallest so far; infinite before the first step.
       y: the outer variable there.

@@ -1,0 +1,73 @@
+"""Engines with a certificate at the tolerance of their solver, which schedules read."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import bilevax as bx
+from tests.outer.example import LARGEST, X0, Y, inner, make_engine, outer, truth
+
+PROBLEM = bx.minimum(inner)
+ROUGH = bx.GradientDescent(LARGEST / 2, rtol=1e-2)
+RULES = {
+    "dense": bx.Implicit(bx.Dense()),
+    "conjugate gradients": bx.Implicit(bx.CG()),
+    "gradient step": bx.Preconditioned(bx.Implicit(bx.Dense()), bx.GradientStep(LARGEST / 2)),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_certificate_is_that_of_the_point_and_tells_the_true_error(name):
+    rule = RULES[name]
+    result = make_engine(ROUGH, rule, certified=True)(Y, bx.cold_start(X0))
+    certificate = result.report.certificate
+    plain = make_engine(ROUGH, rule)(Y, bx.cold_start(X0))
+    assert plain.report.certificate is None
+    for got, want in zip(
+        jax.tree.leaves(result._replace(report=None)),
+        jax.tree.leaves(plain._replace(report=None)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, want)
+
+    error = result.gradient - truth(Y)[3]
+    size = np.linalg.norm(error)
+    assert size > 1e-4
+    np.testing.assert_allclose(certificate.absolute, size, rtol=0.05)
+    np.testing.assert_allclose(certificate.error, error, atol=0.05 * size)
+    np.testing.assert_allclose(certificate.relative, size / np.linalg.norm(truth(Y)[3]), rtol=0.05)
+    assert certificate.status == bx.Status.CONVERGED and certificate.products > 0
+
+    # The point before a correction is that of the solver alone.
+    x = plain.x if name != "gradient step" else make_engine(ROUGH)(Y, bx.cold_start(X0)).x
+    judged = bx.hypergradient_error(outer, PROBLEM, rule, x, Y, adjoint=result.warm.adjoint)
+    np.testing.assert_allclose(certificate.absolute, judged.absolute, rtol=5e-3)
+    np.testing.assert_allclose(certificate.error, judged.error, atol=5e-3 * size)
+    np.testing.assert_allclose(certificate.inner, judged.inner, rtol=5e-3)
+
+
+def test_a_certificate_sees_the_error_of_the_adjoint():
+    rule = bx.Implicit(bx.CG(rtol=0.3))
+    engine = make_engine(bx.GradientDescent(LARGEST / 2, rtol=1e-10), rule, certified=True)
+    result = engine(Y, bx.cold_start(X0))
+    certificate = result.report.certificate
+    error = np.linalg.norm(result.gradient - truth(Y)[3])
+    np.testing.assert_allclose(certificate.adjoint, error, rtol=1e-3)
+    assert certificate.adjoint > 1e4 * certificate.inner
+
+
+def test_whether_to_certify_may_be_traced():
+    engine = make_engine(ROUGH, RULES["conjugate gradients"], certified=True)
+
+    @jax.jit
+    def run(certified):
+        return dataclasses.replace(engine, certified=certified)(Y, bx.cold_start(X0))
+
+    with_one, without = run(True), run(False)
+    np.testing.assert_array_equal(with_one.gradient, without.gradient)
+    want = engine(Y, bx.cold_start(X0)).report.certificate
+    np.testing.assert_allclose(with_one.report.certificate.absolute, want.absolute, rtol=1e-9)
+    assert np.isnan(without.report.certificate.absolute)
+    assert without.report.certificate.products == 0

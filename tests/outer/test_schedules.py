@@ -1,0 +1,191 @@
+"""Schedules: the tolerances and counts of the formulas, and errors a fraction of the gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevax as bx
+from tests.outer.example import (
+    DESCENT,
+    LARGEST,
+    SGD,
+    X0,
+    A,
+    B,
+    C,
+    E,
+    Y,
+    inner,
+    make_engine,
+    outer,
+    scanned,
+)
+
+DEFAULT = np.finfo(float).eps ** 0.75
+S = np.arange(12)
+FORMULAS = [
+    (bx.Constant(3e-7), np.full(12, 3e-7)),
+    (bx.Constant(), np.full(12, DEFAULT)),
+    (bx.Geometric(1e-3, 0.1), np.maximum(1e-3 * 0.1**S, DEFAULT)),
+    (bx.Geometric(1e-3, 0.1, smallest=1e-7), np.maximum(1e-3 * 0.1**S, 1e-7)),
+    (bx.Harmonic(1e-4, 3.0), 1e-4 / (S + 1.0) ** 3),
+    (bx.Harmonic(1e-4, 9, smallest=1e-9), np.maximum(1e-4 / (S + 1.0) ** 9, 1e-9)),
+]
+
+
+@pytest.mark.parametrize(("schedule", "want"), FORMULAS, ids=repr)
+def test_tolerances_are_those_of_the_formulas(schedule, want):
+    efforts = [schedule.effort((), jnp.int32(s), X0).rtol for s in S]
+    got = [DEFAULT if rtol is None else rtol for rtol in efforts]
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_a_run_solves_to_the_tolerances_of_its_schedule():
+    step = bx.make_step(make_engine(DESCENT), SGD, schedule=bx.Geometric(1e-3, 0.3), warm_x=False)
+    history = scanned(step, step.init(Y, X0, history=12), 12).history
+    rtol = history.rtol[-1]
+    np.testing.assert_allclose(rtol, 1e-3 * 0.3**S, rtol=1e-12)
+    residuals, initial = history.inner_residual[-1], np.linalg.norm(A.T @ B)
+    assert np.all(residuals <= rtol * initial * (1 + 1e-12))
+    # Gradient descent stops at once where it is there, a step before it is not.
+    assert np.all(residuals > 0.3 * rtol * initial)
+
+
+@pytest.mark.parametrize(
+    "rule", [bx.Implicit(bx.CG()), bx.Implicit(bx.Neumann(1, step_size=LARGEST / 2))]
+)
+def test_a_logarithmic_schedule_counts_steps_of_both_solves(rule):
+    schedule = bx.Logarithmic(2.5)
+    step = bx.make_step(make_engine(DESCENT, rule), SGD, schedule=schedule, warm_adjoint=False)
+    state = scanned(step, step.init(Y, X0, history=8), 8)
+    history = jax.tree.map(lambda leaf: leaf[-1], state.history)
+    want = np.ceil(2.5 * np.log(np.arange(1, 9) + 1))  # from 2 to 6
+    np.testing.assert_array_equal(history.inner_iterations, want)
+    np.testing.assert_array_equal(history.rtol, 0)
+    np.testing.assert_array_equal(history.status, bx.Status.TRUNCATED)
+    is_series = isinstance(rule.linear_solver, bx.Neumann)
+    if is_series:  # terms, of which the first one costs no product
+        np.testing.assert_array_equal(history.adjoint_iterations, want - 1)
+    else:  # conjugate gradients in three dimensions are done after three, to rounding
+        np.testing.assert_array_equal(history.adjoint_iterations[:2], want[:2])
+        assert np.all(history.adjoint_iterations <= want)
+    x, y = X0, Y
+    for number in range(2):
+        matrix = A.T @ A + np.diag(np.exp(y))
+        for _ in range(int(want[number])):
+            x = x - LARGEST / 2 * (matrix @ x - A.T @ B)
+        np.testing.assert_allclose(state.warm.x[number], x, rtol=1e-12)
+        v = np.zeros(3)
+        for _ in range(int(want[number])):
+            v = v - LARGEST / 2 * (matrix @ v - C.T @ (C @ x - E))
+        if is_series:
+            np.testing.assert_allclose(state.warm.adjoint[number], v, rtol=1e-12)
+        y = state.y[number]
+
+
+# Adaptive tolerances, on a problem that is not quadratic: f + sum(x^4) / 4.
+
+
+def quartic(x, y):
+    return inner(x, y) + jnp.sum(x**4) / 4
+
+
+def hypergradient(y):
+    """Return the gradient of h, by Newton's method in NumPy."""
+    x = np.zeros(3)
+    for _ in range(60):
+        matrix = A.T @ A + np.diag(np.exp(y) + 3 * x**2)
+        x = x - np.linalg.solve(matrix, A.T @ (A @ x - B) + np.exp(y) * x + x**3)
+    matrix = A.T @ A + np.diag(np.exp(y) + 3 * x**2)
+    return y / 10 - np.exp(y) * x * np.linalg.solve(matrix, C.T @ (C @ x - E))
+
+
+FIRST_ORDER = bx.Implicit(bx.CG())
+SECOND_ORDER = bx.Preconditioned(bx.Implicit(bx.CG()), bx.NewtonStep(bx.CG()))
+SLOW = bx.GradientDescent(0.05)
+
+
+def _keeping(optimizer):
+    """Return an optimiser whose state has the gradient itself."""
+    keep = optax.GradientTransformation(
+        lambda params: params, lambda updates, state, params=None: (updates, updates)
+    )
+    return optax.chain(keep, optimizer)
+
+
+DESCENDING, ADAPTING = _keeping(optax.sgd(0.1)), _keeping(optax.adam(0.02))
+
+
+def adaptive_run(schedule, rule=FIRST_ORDER, x0=X0, optimizer=DESCENDING, steps=80):
+    """Return the history, and of all gradients the errors and norms."""
+    engine = make_engine(SLOW, rule, bx.minimum(quartic), outer)
+    step = bx.make_step(engine, optimizer, schedule=schedule)
+    start = step.init(Y, x0, history=steps)
+    states = scanned(step, start, steps)
+    gradients = np.asarray(states.optimizer[0])
+    points = np.concatenate([start.y[None], states.y[:-1]])
+    errors = gradients - np.array([hypergradient(y) for y in points])
+    errors, sizes = np.linalg.norm(errors, axis=1), np.linalg.norm(gradients, axis=1)
+    return jax.tree.map(lambda leaf: np.asarray(leaf[-1]), states.history), errors, sizes
+
+
+@pytest.mark.parametrize("rule", [FIRST_ORDER, SECOND_ORDER], ids=["first", "second"])
+def test_an_adaptive_error_stays_a_fraction_of_the_gradient(rule):
+    history, errors, sizes = adaptive_run(bx.Adaptive(0.1, every=10, first=0.05), rule)
+    certified = np.isfinite(history.certificate)
+    # Counted from a certificate that finds the error small, the next comes after 2, 4, 8, 10 steps.
+    steps = np.flatnonzero(certified)
+    small = history.certificate[steps] <= 0.099 * sizes[steps]
+    gaps = np.diff(steps)
+    assert np.all(gaps[small[:-1]] >= 2) and np.all(gaps <= 10) and steps[0] == 0
+    assert np.all(gaps[-3:] == 10)
+    assert np.mean(errors <= 0.1 * sizes) >= 0.95
+    assert np.all((errors <= 0.1 * sizes)[certified][1:])
+    seen = certified & (errors > 1e-8)  # the rest is rounding
+    assert np.sum(seen) >= 2
+    ratio = history.certificate[seen] / errors[seen]
+    assert np.all((ratio > 0.5) & (ratio < 2))
+    assert np.all(history.products[certified] > history.adjoint_iterations[certified])
+    assert np.all(history.status == bx.Status.CONVERGED)
+    # The tolerance follows the gradient down.
+    assert sizes[-1] < 0.2 * sizes[0] and history.rtol[-1] < 0.3 * history.rtol[0]
+
+
+def test_an_adaptive_schedule_is_cheaper_than_a_tight_tolerance():
+    adaptive = adaptive_run(bx.Adaptive(0.1))[0]
+    tight = adaptive_run(bx.Constant(1e-6))[0]
+    assert np.sum(adaptive.inner_iterations) < 0.5 * np.sum(tight.inner_iterations)
+    assert np.all(np.isnan(tight.certificate)) and np.all(np.isfinite(adaptive.certificate[:1]))
+
+
+@pytest.mark.parametrize("first", [1e9, 1e-15])
+def test_an_adaptive_schedule_recovers_from_a_bad_first_tolerance(first):
+    history, errors, sizes = adaptive_run(bx.Adaptive(0.02, first=first))
+    np.testing.assert_allclose(history.rtol[0], min(max(first, DEFAULT), 0.3))
+    if first > 1:
+        assert errors[0] > 0.02 * sizes[0] and np.isfinite(history.certificate[1])
+    assert np.mean(errors <= 0.02 * sizes) >= 0.9
+    assert np.all(errors[40:] <= 0.02 * sizes[40:])
+    if first < 1:  # it loosens: most of the work is done in the first step
+        assert history.inner_iterations[0] > 10 * np.max(history.inner_iterations[10:])
+
+
+def test_an_adaptive_schedule_recovers_from_a_start_far_away():
+    history, errors, sizes = adaptive_run(bx.Adaptive(0.1), x0=X0 + 2.5, optimizer=ADAPTING)
+    assert errors[0] > sizes[0]  # relative to ||F(x0, y)||, the first tolerance is no good
+    assert np.all(errors[1:] <= 0.1 * sizes[1:])
+    assert history.rtol[1] < 0.1 * history.rtol[0]
+
+
+def test_an_adaptive_schedule_at_a_stationary_point():
+    engine = bx.value_and_hypergradient(
+        lambda x, y: (x - 3.0) ** 2, bx.minimum(lambda x, y: (x - y) ** 2), bx.Newton()
+    )
+    step = bx.make_step(engine, optax.sgd(0.5), schedule=bx.Adaptive())
+    states = scanned(step, step.init(1.0, 0.0, history=4), 4)
+    np.testing.assert_array_equal(states.y, 3.0)  # the first step leads there
+    np.testing.assert_array_equal(states.history.gradient_norm[-1][1:], 0.0)
+    np.testing.assert_array_equal(states.outcome, bx.Outcome.RUNNING)
+    np.testing.assert_array_equal(np.isfinite(states.schedule.rtol), True)
