@@ -23,7 +23,7 @@ PyTree = Any
 
 
 @trees.register
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Engine:
     """A pure function (y, warm) -> `Hypergradient`; made by `value_and_hypergradient`.
 

@@ -52,7 +52,7 @@ def hoag(
       An `OuterStep` for `minimize`.
 
     Raises:
-      TypeError: as `make_step` does.
+      TypeError: as `make_step` does; for an engine with an `accuracy`, which has no tolerance.
       ValueError: if `first_step` is not positive.
 
     Example:
@@ -67,6 +67,8 @@ def hoag(
       F. Pedregosa, "Hyperparameter Optimization with Approximate Gradient", 2016.
     """
     checks.positive("first_step", first_step)
+    if isinstance(engine, Engine) and engine.accuracy is not None:
+        raise TypeError("`hoag` adapts to tolerances: take an engine without `accuracy`.")
     return make_step(engine, _descent(first_step), schedule=schedule, projection=projection)
 
 

@@ -75,7 +75,7 @@ def minimize(
       patience: end after so many steps without an improvement of the value; None for no such end.
       min_improvement: an improvement by less than this part of the value does not count.
       batched: whether y is a batch of starting points: all runs are one vmapped program. A run that
-        has ended stays as it is and solves nothing more; none changes another.
+        has ended stays as it is and takes no more inner steps; none changes another.
       key: a PRNG key, for an engine that takes one; None is `jax.random.key(0)`.
       history: how many of the last steps the result and the checkpoints remember.
       chunk: steps in a chunk; None for about half a second of them.

@@ -72,6 +72,15 @@ class Schedule(abc.ABC):
     def effort(self, state: PyTree, step: jax.Array, x: PyTree) -> Effort:
         """Return the effort of the step of that number, counted from 0, for an x like this."""
 
+    def accepts(self, entry: BilevelHistory, certificate: Certificate | None) -> Any:
+        """Tell whether y moves by this hypergradient; if not, the step has improved x and v only.
+
+        Args:
+          entry: what the history says of the step.
+          certificate: see `update`.
+        """
+        return jnp.ones((), bool)
+
     def update(
         self,
         state: PyTree,
@@ -253,8 +262,8 @@ class Adaptive(Schedule):
     The first hypergradient gets a certificate, and further ones follow after 2, 4, 8, ... steps, up
     to `every`. The error is proportional to rtol^order (`Rule.order`), so a certificate tells the
     tolerance that the fraction asks for; in between, the tolerance follows the norm of the
-    gradient. Where a certificate finds more error than allowed, or none can be made, the next step
-    gets one, and the count begins anew.
+    gradient. Where a certificate finds more error than allowed, y stays, unless this precision
+    allows no tighter tolerance; the next step gets one again, and the count begins anew.
 
     Args:
       fraction: between 0 and 1, without unit.
@@ -296,6 +305,12 @@ class Adaptive(Schedule):
         rtol = jnp.clip(rtol, default_rtol(x), _LOOSEST)
         return Effort(rtol, certified=step >= state.due)
 
+    def accepts(self, entry: BilevelHistory, certificate: Certificate | None) -> jax.Array:
+        error, allowed, known = self._judged(entry, certificate)
+        # Half of the digits that `effort` goes down to.
+        can_tighten = entry.rtol > jnp.finfo(entry.rtol.dtype).eps ** 0.375
+        return ~(known & (error > allowed) & can_tighten)
+
     def update(
         self,
         state: _Memory,
@@ -304,11 +319,8 @@ class Adaptive(Schedule):
         certificate: Certificate | None,
         order: int,
     ) -> _Memory:
-        assert certificate is not None  # made in every step, if only of NaN
         size = entry.gradient_norm
-        error = (certificate.absolute * (1 + certificate.contraction)).astype(size.dtype)
-        allowed = jnp.asarray(self.fraction, size.dtype) * size
-        known = (certificate.status == Status.CONVERGED) & jnp.isfinite(error) & (size > 0)
+        error, allowed, known = self._judged(entry, certificate)
         factor = (_AIM * allowed / error) ** (1 / order)
         factor = jnp.where(known, jnp.clip(factor, 1 / _LARGEST_CHANGE, _LARGEST_CHANGE), _CAUTION)
         certified = step >= state.due
@@ -318,6 +330,17 @@ class Adaptive(Schedule):
         judged = _Memory(entry.rtol * factor, size, jnp.ones_like(size), due, interval)
         ratio = (size / state.size) ** (1 / order)
         return trees.where(certified, judged, state._replace(ratio=ratio))
+
+    def _judged(
+        self, entry: BilevelHistory, certificate: Certificate | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the error, the one allowed, and whether the certificate tells."""
+        assert certificate is not None  # made in every step, if only of NaN
+        size = entry.gradient_norm
+        error = (certificate.absolute * (1 + certificate.contraction)).astype(size.dtype)
+        allowed = jnp.asarray(self.fraction, size.dtype) * size
+        known = (certificate.status == Status.CONVERGED) & jnp.isfinite(error) & (size > 0)
+        return error, allowed, known
 
 
 def _check_positive(schedule: Schedule) -> None:

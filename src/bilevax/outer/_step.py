@@ -14,13 +14,10 @@ from bilevax import _loop as loop
 from bilevax import _trees as trees
 from bilevax._closures import as_partial
 from bilevax._iterative import Bound, IterativeRule
-from bilevax._separable import per_task
-from bilevax._solution_map import solution_map
 from bilevax._status import is_failure
-from bilevax.certificates import Certificate
-from bilevax.hypergradient import Engine, Hypergradient, WarmStart, cold_start
-from bilevax.linear import default_rtol
-from bilevax.outer._schedules import Constant, Effort, Schedule
+from bilevax.hypergradient import Engine, WarmStart, cold_start
+from bilevax.outer._evaluation import evaluate, idle_unless, resolved, value, with_effort
+from bilevax.outer._schedules import Constant, Schedule
 from bilevax.outer._state import (
     Best,
     BilevelState,
@@ -30,16 +27,12 @@ from bilevax.outer._state import (
     entry,
     failed,
 )
-from bilevax.rules import Settings, resolve_linear_solver
 
 PyTree = Any
 
-# What an inner solve leaves of the residual of a warm start, at most.
-_PROGRESS = 0.5
-
 
 @trees.register
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class OuterStep:
     """A pure function state -> state; made by `make_step`.
 
@@ -126,12 +119,13 @@ def make_step(
       engine: made by `value_and_hypergradient`; or a function of a PRNG key that returns one, which
         is called anew in every step, for objectives that draw a batch: data may be traced there.
       optimizer: any Optax optimiser. Those with a line search, as `optax.lbfgs()`, get a `value_fn`
-        whose derivative is the hypergradient; the solves in there are not in the history. `value`,
-        `grad` and `tolerance` are handed over to those that take them.
+        whose derivative is the hypergradient; the solves in there are not in the history, and need
+        a tight tolerance, for line searches compare values. `value`, `grad` and `tolerance` are
+        handed over to those that take them.
       schedule: how accurately each step solves: `Constant`, `Geometric`, `Harmonic`, `Logarithmic`,
         `Adaptive`. By default as accurately as the engine does.
       projection: P, a function of y that returns a pytree like y, such as
-        `lambda y: optax.projections.projection_box(y, -5.0, 5.0)`.
+        `lambda y: optax.projections.projection_box(y, -5.0, 5.0)` for a y that is one array.
       warm_x: False starts every inner solve from x0.
       warm_adjoint: False starts every adjoint solve from zero.
 
@@ -184,19 +178,19 @@ def _init(
     step: OuterStep, y: PyTree, warm: WarmStart, key: jax.Array, history: int
 ) -> BilevelState:
     y = _project(step, y)
-    value = jax.eval_shape(lambda: step.engine_for(key)(y, warm).value)
-    infinity, none = jnp.full((), jnp.inf, value.dtype), jnp.zeros((), jnp.int32)
+    dtype = jax.eval_shape(lambda: step.engine_for(key)(y, warm).value).dtype
+    infinity, none = jnp.full((), jnp.inf, dtype), jnp.zeros((), jnp.int32)
     return BilevelState(
         y=y,
         optimizer=_as_arrays(step.start(y)),
         warm=warm,
         step=none,
-        schedule=step.schedule.init(value.dtype),
+        schedule=step.schedule.init(dtype),
         key=key,
         history=empty_history(history, infinity),
         best=Best(infinity, y, warm.x, none),
         milestone=Milestone(infinity, none),
-        first_stationarity=jnp.full((), jnp.nan, value.dtype),
+        first_stationarity=jnp.full((), jnp.nan, dtype),
         outcome=jnp.asarray(int(Outcome.RUNNING), jnp.int32),
     )
 
@@ -220,16 +214,11 @@ def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
     if not step.warm_adjoint:
         warm = warm._replace(adjoint=jax.tree.map(jnp.zeros_like, warm.adjoint))
     effort = step.schedule.effort(state.schedule, state.step, warm.x)
-    if step.warm_x:
-        effort = _safeguarded(effort, engine, y, warm)
+    effort = resolved(effort, engine, y, warm, warm_x=step.warm_x)
     # A lane of `vmap` that has stopped must not hold up those that run.
-    running = state.outcome == Outcome.RUNNING
-    if effort.rtol is not None:
-        effort = effort._replace(rtol=jnp.where(running, effort.rtol, 1))
-    if effort.certified is not None:
-        effort = effort._replace(certified=effort.certified & running)
-    engine = _with_effort(engine, effort)
-    result, certificate = _evaluate(engine, effort, y, warm)
+    effort = idle_unless(state.outcome == Outcome.RUNNING, effort)
+    engine = with_effort(engine, effort)
+    result, certificate = evaluate(engine, effort, y, warm)
 
     gradient_norm = trees.norm(result.gradient)
     stationarity = gradient_norm
@@ -246,7 +235,7 @@ def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
         value=result.value,
         grad=result.gradient,
         # Line searches of Optax want it to take what else they are given.
-        value_fn=lambda y, tolerance: _value(engine, y, result.warm),
+        value_fn=lambda y, tolerance: value(engine, y, result.warm),
         tolerance=record.rtol,
     )
     next_y = optax.apply_updates(y, updates)
@@ -262,10 +251,12 @@ def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
     outcome = jnp.where(ok, Outcome.RUNNING, Outcome.FAILED).astype(jnp.int32)
     index = state.step % state.history.value.shape[0]
     is_first = state.step == 0
+    moves = step.schedule.accepts(record, certificate)
     memory = step.schedule.update(state.schedule, state.step, record, certificate, _order(engine))
     reached = Best(record.value, y, result.x, state.step)
+    y, optimizer = trees.where(moves, (next_y, optimizer), (y, state.optimizer))
     kept = state._replace(
-        y=next_y,
+        y=y,
         optimizer=optimizer,
         warm=result.warm,
         schedule=memory,
@@ -279,77 +270,6 @@ def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
         history=jax.tree.map(lambda ring, new: ring.at[index].set(new), state.history, record),
         outcome=outcome,
     )
-
-
-def _safeguarded(effort: Effort, engine: Engine, y: PyTree, warm: WarmStart) -> Effort:
-    """Return an effort that improves a warm start, even one that meets the tolerance already."""
-    if (
-        isinstance(engine.rule, IterativeRule)
-        or engine.accuracy is not None
-        or effort.steps is not None
-    ):
-        return effort  # these move x in any case
-
-    def ratio(problem: Any, x: PyTree, start: PyTree) -> jax.Array:
-        now, first = (trees.norm(problem.optimality(point, y)) for point in (x, start))
-        return now / jnp.where(first > now, first, jnp.where(now > 0, now, 1))
-
-    worst = jnp.max(per_task(engine.problem, ratio, warm.x, warm.start))
-    rtol = loop.stopping_rtol(engine.solver, warm.x) if effort.rtol is None else effort.rtol
-    reachable = jnp.maximum(_PROGRESS * worst, default_rtol(warm.x))
-    # At a start that is not finite the solve will tell.
-    return effort._replace(rtol=jnp.where(reachable < rtol, reachable, rtol))
-
-
-def _with_effort(engine: Engine, effort: Effort) -> Engine:
-    """Return an engine that makes the effort, and no certificate."""
-    if effort.steps is not None:
-        solver = dataclasses.replace(engine.solver, rtol=0.0, atol=0.0, maxiter=effort.steps)  # type: ignore[type-var]
-        rule: Any = engine.rule
-        linear_solver = resolve_linear_solver(rule.linear_solver, engine.problem, Settings())
-        rule = rule.with_linear_solver(linear_solver.with_steps(effort.steps))
-        return dataclasses.replace(engine, solver=solver, rule=rule)
-    if effort.rtol is None:
-        return engine
-    solver = dataclasses.replace(engine.solver, rtol=effort.rtol)  # type: ignore[type-var]
-    return dataclasses.replace(engine, solver=solver)
-
-
-def _evaluate(
-    engine: Engine, effort: Effort, y: PyTree, warm: WarmStart
-) -> tuple[Hypergradient, Certificate | None]:
-    """Return the hypergradient, and a certificate where the effort asks for one, elsewhere NaN."""
-    if effort.certified is None:
-        return engine(y, warm), None
-    due = trees.in_any_lane(effort.certified)
-    result = dataclasses.replace(engine, certified=due)(y, warm)
-
-    # A certificate that another lane has asked for is none of this one.
-    def mask(leaf: jax.Array) -> jax.Array:
-        is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.where(effort.certified, leaf, jnp.nan if is_floating else 0)
-
-    certificate = jax.tree.map(mask, result.report.certificate)
-    result = result._replace(report=result.report._replace(certificate=certificate))
-    return result, certificate
-
-
-def _value(engine: Engine, y: PyTree, warm: WarmStart) -> jax.Array:
-    """Return h(y), whose derivative is the hypergradient, for optimisers with a line search."""
-    solver = engine.solver
-    if not isinstance(engine.rule, IterativeRule):
-        # Relative to ||F|| at the cold start, as the tolerance of the engine is.
-        def target(problem: Any, x: PyTree, start: PyTree) -> jax.Array:
-            first = trees.norm(problem.optimality(start, y))
-            floor = loop.smallest_target(solver, problem, x, y, first)
-            return jnp.maximum(loop.stopping_rtol(solver, x) * first, floor)
-
-        largest = jnp.max(per_task(engine.problem, target, warm.x, warm.start))
-        atol = jax.lax.stop_gradient(largest)
-        solver = dataclasses.replace(solver, atol=atol)  # type: ignore[type-var]
-    x = solution_map(engine.problem, solver, engine.rule)(warm.x, y)
-    output = engine.outer(x, y)
-    return output[0] if engine.has_aux else output
 
 
 def _order(engine: Engine) -> int:
