@@ -84,22 +84,17 @@ def tune(task: Task, steps: int) -> Run:
 
     Each step starts both of its solves, for the weights and for the adjoint, from the last ones.
     """
-    engine, optimizer = make_engine(task), optax.adam(LEARNING_RATE)
+    outer_step = bx.make_step(make_engine(task), optax.adam(LEARNING_RATE))
 
-    def step(state: Any, _: None) -> tuple[Any, Any]:
-        log_penalties, warm, adam = state
-        result = engine(log_penalties, warm)
-        updates, adam = optimizer.update(result.gradient, adam)
-        following = optax.apply_updates(log_penalties, updates), result.warm, adam
-        solves = result.report.inner, result.report.inner.correction, result.report.adjoint
-        status = jnp.stack([solve.status for solve in solves if solve is not None]).max()
-        iterations = result.report.inner.iterations
-        return following, _measure(task, log_penalties, result.x, iterations, status)
+    def step(state: bx.BilevelState, _: None) -> tuple[bx.BilevelState, Any]:
+        following = outer_step(state)
+        last = jax.tree.map(lambda entries: entries[0], following.history)
+        weights = following.warm.x  # the solution for the penalties before the step
+        return following, _measure(task, state.y, weights, last.inner_iterations, last.status)
 
     # Compiled in chunks, between which the progress bar moves.
     chunk = max(size for size in range(1, 11) if steps % size == 0)
-    log_penalties = start_penalties(task)
-    state = log_penalties, bx.cold_start(zero_weights(task)), optimizer.init(log_penalties)
+    state = outer_step.init(start_penalties(task), zero_weights(task), history=1)
     records = []
     with tqdm(total=steps, desc=task.name, unit="step", leave=False, disable=None) as bar:
         compiled, compile_seconds = _compile(lambda s: jax.lax.scan(step, s, length=chunk), state)
