@@ -9,7 +9,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # pyright would ask the network whether a newer version exists.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: test demo bench certificates study rates memory equilibrium kills steady lint constraints clean
+.PHONY: test demo bench certificates study rates memory equilibrium kills steady tuning training lint constraints clean
 .NOTPARALLEL: # two installs must not write to .venv at once
 
 # All tests but the slow ones. For every test: make test ARGS='-m ""'
@@ -46,6 +46,14 @@ kills: $(VENV)/dev.stamp
 # The share of a training run that is spent inside of compiled steps.
 steady: $(VENV)/dev.stamp
 	$(PY) benchmarks/steady_state.py $(ARGS)
+
+# Penalties tuned by the command line beside grids, and beside scikit-learn's.
+tuning: $(VENV)/dev.stamp
+	$(PY) benchmarks/tuning.py $(ARGS)
+
+# Whole training runs, by start, schedule and rule, and beside the plain recipe of peers.
+training: $(VENV)/dev.stamp
+	$(PY) benchmarks/training.py $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check

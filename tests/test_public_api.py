@@ -181,7 +181,8 @@ LAYERS = [
     {"outer"},
     {"diagnostics", "checkpoints"},
     {""},  # the package itself, which exports
-    {"demo"},
+    {"_frontend"},
+    {"cli", "demo"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # What a layer knows nothing of, although it stands earlier.

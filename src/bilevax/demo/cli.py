@@ -5,14 +5,16 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from bilevax._frontend.options import at_least, folder
+from bilevax._frontend.words import DataError
 from bilevax.demo import figures, report
-from bilevax.demo.data import DataError, Table, Task, breast_cancer, clip, digits, prepare
+from bilevax.demo.data import Table, Task, breast_cancer, digits, prepare
 from bilevax.demo.files import read_table
 from bilevax.demo.study import MAX_WEIGHTS, is_small, measure_errors
 from bilevax.demo.tuning import search_grid, tune
@@ -117,43 +119,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--steps",
-        type=_at_least(2),
+        type=at_least(2),
         default=40,
         metavar="N",
         help="outer steps, one inner solve each, the first at the start (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
-        type=_at_least(0),
+        type=at_least(0),
         default=0,
         metavar="N",
         help="of the split into thirds, the only random choice (default: %(default)s)",
     )
     parser.add_argument(
         "--output",
-        type=_folder,
+        type=folder,
         default=Path("demo-output"),
         metavar="FOLDER",
         help="where the figures and numbers go (default: %(default)s)",
     )
     return parser
-
-
-def _folder(text: str) -> Path:
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"must name a folder, got {text!r}")
-    return Path(text)
-
-
-def _at_least(smallest: int) -> Callable[[str], int]:
-    def whole_number(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            message = f"must be a whole number, got {clip(text)!r}"
-            raise argparse.ArgumentTypeError(message) from None
-        if number < smallest:
-            raise argparse.ArgumentTypeError(f"must be {smallest} or more, got {number}")
-        return number
-
-    return whole_number

@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.datasets import load_breast_cancer, load_digits
 
+from bilevax._frontend.words import DataError, clip
+
 # A cell further from the mean than this, in deviations of the training rows, is refused: it would
 # drown all other cells, and it overflows in the loss sooner or later.
 MAX_DEVIATIONS = 1e6
-
-
-class DataError(ValueError):
-    """The user's data cannot be used; the message says why, in one line."""
 
 
 class Table(NamedTuple):
@@ -113,11 +111,6 @@ def prepare(table: Table, seed: int) -> Task:
         table.image_shape,
         constant,
     )
-
-
-def clip(name: str, limit: int = 40) -> str:
-    """Cut the middle out of a long name, for a figure or a message."""
-    return name if len(name) <= limit else f"{name[: limit - 15]}...{name[-12:]}"
 
 
 def _check_distance(table: Table, standardised: np.ndarray, deviation: np.ndarray) -> None:

@@ -6,25 +6,33 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FormatStrFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
-from bilevax.demo.data import Task, clip
+from bilevax._frontend.axes import (
+    BLUE,
+    DARK,
+    GREEN,
+    LIGHT,
+    ORANGE,
+    blank,
+    label_logarithm,
+    one_axes,
+    plain,
+)
+from bilevax.demo.data import Task
 from bilevax.demo.study import Study
 from bilevax.demo.tuning import START, Run
 
-# Colours that differ in brightness too.
-DARK, BLUE, ORANGE, GREEN, LIGHT = "#1b1b3a", "#2c6fbb", "#e07b1a", "#4f9d69", "#9aa5b1"
 MAX_NAMES = 40  # features that are shown by name
 
 
 def plot_losses(task: Task, grid: Run, tuned: Run, path: Path) -> None:
     """Draw the loss of the three parts, step by step, next to the best single penalty."""
-    figure, axes = _figure(7, 5)
+    figure, axes = one_axes(7, 5)
     steps = np.arange(len(tuned.status))
     every = max(1, len(steps) // 10)
     styles = {"train": (LIGHT, "o"), "validation": (DARK, "s"), "test": (ORANGE, "^")}
@@ -40,31 +48,31 @@ def plot_losses(task: Task, grid: Run, tuned: Run, path: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("outer step (one inner solve each)")
     axes.set_ylabel("cross entropy (nats per row)")
-    axes.set_title(f"{_text(task.name)}: {tuned.penalties[0].size} penalties tuned at once")
+    axes.set_title(f"{plain(task.name)}: {tuned.penalties[0].size} penalties tuned at once")
     axes.margins(x=0.02, y=0.08)
-    _label_logarithm(axes.yaxis)
+    label_logarithm(axes.yaxis)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
 
 
 def plot_errors(task: Task, study: Study, path: Path) -> None:
     """Draw the error of each rule against the distance to the inner solution."""
-    figure, axes = _figure(7, 5)
+    figure, axes = one_axes(7, 5)
     styles = [(DARK, "o-"), (BLUE, "s--"), (ORANGE, "^-"), (GREEN, "D:"), (LIGHT, "v-.")]
     for (name, error), (color, style) in zip(study.error.items(), styles, strict=True):
         axes.plot(study.distance, error, style, color=color, label=name)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.invert_xaxis()
-    _label_logarithm(axes.xaxis)
-    _label_logarithm(axes.yaxis)
+    label_logarithm(axes.xaxis)
+    label_logarithm(axes.yaxis)
     ends = {name: error[-1] for name, error in study.error.items()}
     _draw_guide(axes, study.distance, ends.pop("Newton step"), slope=2)
     _draw_guide(axes, study.distance, min(ends.values()), slope=1)
     distance = r"$\|x - x^*\| \, / \, \|x^*\|$"
     axes.set_xlabel(f"distance to the inner solution, {distance}, smaller to the right")
     axes.set_ylabel("relative error of the hypergradient")
-    axes.set_title(f"{_text(task.name)}: hypergradients at inexact inner solutions")
+    axes.set_title(f"{plain(task.name)}: hypergradients at inexact inner solutions")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)
 
@@ -106,27 +114,27 @@ def plot_penalties(task: Task, tuned: Run, path: Path) -> None:
 def _draw_images(task: Task, penalties: np.ndarray, shape: tuple[int, int]) -> Figure:
     columns = min(penalties.shape[1], 5)
     rows = -(-penalties.shape[1] // columns)
-    figure = _blank(2 * columns + 1.2, 2.2 * rows + 0.9)
+    figure = blank(2 * columns + 1.2, 2.2 * rows + 0.9)
     grid = figure.subplots(rows, columns, squeeze=False)
     scale = _color_scale(penalties)
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, name, values in zip(grid.flat, task.class_names, penalties.T, strict=False):
         axes.imshow(values.reshape(shape), **scale)
-        axes.set_title(_text(name))
+        axes.set_title(plain(name))
         axes.set_axis_on()
         axes.set_xticks([])
         axes.set_yticks([])
-    figure.suptitle(f"{_text(task.name)}: tuned penalty of each pixel, for each class")
+    figure.suptitle(f"{plain(task.name)}: tuned penalty of each pixel, for each class")
     figure.supxlabel("white: pixels that do not vary in the training rows", fontsize=9)
     label = "penalty (dark: the weight is free, bright: held near zero)"
     bar = figure.colorbar(ScalarMappable(**scale), ax=grid, label=label, aspect=30)
-    _label_logarithm(bar.ax.yaxis)
+    label_logarithm(bar.ax.yaxis)
     return figure
 
 
 def _draw_bars(task: Task, penalties: np.ndarray) -> Figure:
-    title = f"{_text(task.name)}: tuned penalty of each feature"
+    title = f"{plain(task.name)}: tuned penalty of each feature"
     order = np.argsort(penalties)
     order = order[np.isfinite(penalties[order])]
     if len(order) > MAX_NAMES:
@@ -134,15 +142,15 @@ def _draw_bars(task: Task, penalties: np.ndarray) -> Figure:
         title += f"\n(the {half} lowest and the {half} highest of {len(order)})"
         order = np.concatenate([order[:half], order[-half:]])
     values, rows = penalties[order], np.arange(len(order))
-    figure, axes = _figure(7, 1.6 + 0.2 * len(order))
+    figure, axes = one_axes(7, 1.6 + 0.2 * len(order))
     # Bars begin at the start penalty.
     colors = np.where(values < START, DARK, LIGHT)
     axes.barh(rows, values - START, left=START, color=colors, height=0.75)
     axes.axvline(START, color="black", lw=1)
     axes.set_xscale("log")
     axes.set_xlim(min(values.min(), START) / 1.2, max(values.max(), START) * 1.2)
-    _label_logarithm(axes.xaxis)
-    axes.set_yticks(rows, [_text(task.feature_names[i]) for i in order], fontsize=8)
+    label_logarithm(axes.xaxis)
+    axes.set_yticks(rows, [plain(task.feature_names[i]) for i in order], fontsize=8)
     axes.set_ylim(-0.7, len(order) - 0.3)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("penalty")
@@ -157,19 +165,19 @@ def _draw_bars(task: Task, penalties: np.ndarray) -> Figure:
 
 def _draw_map(task: Task, penalties: np.ndarray) -> Figure:
     features, classes = penalties.shape
-    figure, axes = _figure(4 + 0.4 * classes, 3.5 + 0.2 * min(features, MAX_NAMES))
+    figure, axes = one_axes(4 + 0.4 * classes, 3.5 + 0.2 * min(features, MAX_NAMES))
     scale = _color_scale(penalties)
     axes.imshow(penalties, aspect="auto", interpolation="nearest", **scale)
     axes.grid(visible=False)
-    axes.set_xticks(range(classes), [_text(name) for name in task.class_names], rotation=90)
+    axes.set_xticks(range(classes), [plain(name) for name in task.class_names], rotation=90)
     if features <= MAX_NAMES:
-        axes.set_yticks(range(features), [_text(name) for name in task.feature_names], fontsize=8)
+        axes.set_yticks(range(features), [plain(name) for name in task.feature_names], fontsize=8)
     axes.set_xlabel("class")
     axes.set_ylabel("feature")
-    figure.suptitle(f"{_text(task.name)}: tuned penalties")
+    figure.suptitle(f"{plain(task.name)}: tuned penalties")
     figure.supxlabel("dark: the weight is free, bright: held near zero", fontsize=9)
     bar = figure.colorbar(ScalarMappable(**scale), ax=axes, label="penalty")
-    _label_logarithm(bar.ax.yaxis)
+    label_logarithm(bar.ax.yaxis)
     return figure
 
 
@@ -180,44 +188,3 @@ def _color_scale(penalties: np.ndarray) -> dict[str, Any]:
     if high < 1.1 * low:  # differences too small to tell: not the whole scale for them
         low, high = low / 1.1, high * 1.1
     return {"norm": LogNorm(low, high), "cmap": colors}
-
-
-def _blank(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = _blank(width, height)
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.9", lw=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _label_logarithm(axis: Axis) -> None:
-    """Label a logarithmic axis, whose limits are final, by numbers such as 0.03."""
-    low, high = sorted(axis.get_view_interval())
-    axis.set_major_locator(FixedLocator(round_numbers(low, high)))
-    axis.set_major_formatter(FormatStrFormatter("%.10g"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def round_numbers(low: float, high: float) -> list[float]:
-    """Return about four to eight round numbers, or a few more, between two positive ones.
-
-    Matplotlib's own choice is powers of ten, of which a narrow range has one or none.
-    """
-    powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    for digits in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
-        numbers = [digit * power for power in powers for digit in digits]
-        numbers = [number for number in numbers if low <= number <= high]
-        if len(numbers) >= 4:
-            return numbers[:: -(-len(numbers) // 10)]
-    evenly = MaxNLocator(5, min_n_ticks=3).tick_values(low, high)
-    return [float(number) for number in evenly if low <= number <= high]
-
-
-def _text(name: str) -> str:
-    """Make a name from the data fit for a figure: not too long, and never a formula."""
-    return clip(name).replace("$", r"\$")

@@ -5,12 +5,22 @@ import io
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from sklearn.datasets import load_svmlight_file
 
-from bilevax.demo.data import DataError, Table, clip
+from bilevax._frontend.svmlight import find_fault
+from bilevax._frontend.words import (
+    DataError,
+    is_number,
+    natural,
+    one_line,
+    other_separator,
+    quote,
+    shorten,
+)
+from bilevax.demo.data import Table
 
 MISSING = {"", "?", "na", "n/a", "nan", "none", "null"}
 MAX_CLASSES = 30  # a numeric target with more values is taken for a quantity
@@ -62,7 +72,7 @@ def _read_svmlight(path: Path, text: str, target: str | None) -> Table:
     try:
         features, target_values = load_svmlight_file(str(path), dtype=np.float64)[:2]
     except (ValueError, OverflowError) as error:
-        fault = _find_fault(text) or str(error)
+        fault = find_fault(text) or str(error)
         raise DataError(f"{path} is not a valid svmlight file: {fault}") from None
     rows, columns = features.shape
     _check_size(path, rows, columns)
@@ -73,31 +83,14 @@ def _read_svmlight(path: Path, text: str, target: str | None) -> Table:
     return _table(path, dense, [f"{value:.15g}" for value in target_values], names)
 
 
-def _find_fault(text: str) -> str | None:
-    """Say which line of a svmlight file is wrong, in the user's words, not in the reader's."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        label, *pairs = line.partition("#")[0].split() or ["0"]
-        if pairs and pairs[0].startswith("qid:"):
-            pairs = pairs[1:]
-        keys, values = [pair.partition(":")[0] for pair in pairs], [label]
-        values += [pair.partition(":")[2] for pair in pairs]
-        whole = all(key.isdecimal() and len(key) < 10 for key in keys)
-        if not whole or not all(map(_is_number, values)):
-            return f"line {number} is {_quote(line)}, expected 'label index:value index:value ...'"
-        indices = [int(key) for key in keys]
-        if indices != sorted(set(indices)):
-            return f"the indices in line {number} must increase, got {_quote(line)}"
-    return None
-
-
 def _read_csv(path: Path, text: str, target: str | None) -> Table:
     header, rows = _parse_csv(path, text)
     target = _check_header(path, header, target)
     position = header.index(target)
-    labels = [_one_line(row[position]) for row in rows]
+    labels = [one_line(row[position]) for row in rows]
     features = [j for j in range(len(header)) if j != position]
     if not features:
-        raise DataError(f"{path} has no column besides the target {_quote(target)}")
+        raise DataError(f"{path} has no column besides the target {quote(target)}")
     _check_size(path, len(rows), len(features))
 
     names = [header[j] for j in features]
@@ -109,16 +102,16 @@ def _read_csv(path: Path, text: str, target: str | None) -> Table:
             try:
                 numbers[k, i] = np.nan if cell.lower() in MISSING else float(cell)
             except ValueError:
-                texts.append(f"{_quote(header[j])} (for example {_quote(cell)})")
+                texts.append(f"{quote(header[j])} (for example {quote(cell)})")
                 break
     if texts:
         raise DataError(
-            f"{path} has columns that are not numbers: {_shorten(texts)}; "
+            f"{path} has columns that are not numbers: {shorten(texts)}; "
             "turn them into numbers, or remove them"
         )
-    _check_finite(path, [_quote(name) for name in names], ~np.isfinite(numbers).T)
+    _check_finite(path, [quote(name) for name in names], ~np.isfinite(numbers).T)
     without = np.array([label.lower() in MISSING for label in labels])
-    _check_finite(path, [f"the target {_quote(target)}"], without[None])
+    _check_finite(path, [f"the target {quote(target)}"], without[None])
     return _table(path, numbers, labels, names)
 
 
@@ -129,14 +122,13 @@ def _parse_csv(path: Path, text: str) -> tuple[list[str], list[list[str]]]:
         lines = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
         raise DataError(f"{path} is not a valid CSV file: {error}") from None
-    header = [_one_line(name) for name in lines[0][1]]
+    header = [one_line(name) for name in lines[0][1]]
     if len(header) == 1:
-        for separator, word in {";": "semicolons", "\t": "tabs", "|": "bars"}.items():
-            if separator in lines[0][1][0]:
-                raise DataError(f"{path} is separated by {word}; this demo reads commas")
+        if (separator := other_separator(lines[0][1][0])) is not None:
+            raise DataError(f"{path} is separated by {separator}; this demo reads commas")
         if re.search(r"\S\s+\S", lines[0][1][0]) and len(lines) > 1 and len(lines[1][1]) == 1:
             raise DataError(f"{path} has one column, no commas; this demo reads commas")
-    if all(_is_number(name) for name in header):
+    if all(is_number(name) for name in header):
         raise DataError(f"the first line of {path} must hold the names of the columns")
     for number, row in lines[1:]:
         if len(row) != len(header):
@@ -148,19 +140,19 @@ def _parse_csv(path: Path, text: str) -> tuple[list[str], list[list[str]]]:
 
 def _check_header(path: Path, header: list[str], target: str | None) -> str:
     """Return the name of the target column."""
-    columns = _shorten([_quote(name) for name in header])
-    repeated = [_quote(name) for name, count in Counter(header).items() if count > 1]
+    columns = shorten([quote(name) for name in header])
+    repeated = [quote(name) for name, count in Counter(header).items() if count > 1]
     if "" in header:
         problem = f"column {header.index('') + 1} of {path} has no name; remove or name it"
     elif repeated:
-        problem = f"{path} has columns of the same name: {_shorten(repeated)}"
+        problem = f"{path} has columns of the same name: {shorten(repeated)}"
     elif target is None:
         problem = f"say with --target which column of {path} holds the classes: {columns}"
     elif target in header:
         return target
     else:
-        problem = f"{path} has no column {_quote(target)}; its columns are {columns}"
-    if any(map(_is_number, header)):  # a name may be a number, but data in its place is more likely
+        problem = f"{path} has no column {quote(target)}; its columns are {columns}"
+    if any(map(is_number, header)):  # a name may be a number, but data in its place is more likely
         problem += " (does the first line hold the names of the columns?)"
     raise DataError(problem)
 
@@ -179,18 +171,18 @@ def _check_finite(path: Path, names: list[str], bad: np.ndarray) -> None:
     gaps = [f"{name} ({count})" for name, count in counts if count]
     if gaps:
         raise DataError(
-            f"{path} has missing or infinite values in {_shorten(gaps)}; "
+            f"{path} has missing or infinite values in {shorten(gaps)}; "
             "fill them in, or remove these rows"
         )
 
 
 def _table(path: Path, features: np.ndarray, labels: list[str], names: list[str]) -> Table:
     """Number the classes and check that there are enough rows of each."""
-    numeric = all(_is_number(label) for label in labels)
+    numeric = all(is_number(label) for label in labels)
     if numeric:  # 1 and 1.0 are one class
         labels = [f"{float(label):.15g}" for label in labels]
     counts = Counter(labels)
-    classes = sorted(counts, key=float if numeric else _natural)
+    classes = sorted(counts, key=float if numeric else natural)
 
     def refuse(problem: str) -> NoReturn:
         raise DataError(f"{path} {problem}")
@@ -198,46 +190,15 @@ def _table(path: Path, features: np.ndarray, labels: list[str], names: list[str]
     if len(labels) < MIN_ROWS:
         refuse(f"has {len(labels)} rows, too few: this demo needs {MIN_ROWS}")
     if len(classes) == 1:
-        refuse(f"has only one class, {_quote(classes[0])}, in its target; two or more are needed")
+        refuse(f"has only one class, {quote(classes[0])}, in its target; two or more are needed")
     if numeric and len(classes) > MAX_CLASSES:
         refuse(
             f"has {len(classes)} different numbers in its target, which looks like a quantity; "
             f"this demo does classification, with at most {MAX_CLASSES} numeric classes"
         )
     few = [name for name in classes if counts[name] < MIN_ROWS_PER_CLASS]
-    rare = [f"{_quote(name)} ({counts[name]})" for name in few]
+    rare = [f"{quote(name)} ({counts[name]})" for name in few]
     if rare:
-        refuse(f"has classes with too few rows, under {MIN_ROWS_PER_CLASS}: {_shorten(rare)}")
+        refuse(f"has classes with too few rows, under {MIN_ROWS_PER_CLASS}: {shorten(rare)}")
     index = {name: i for i, name in enumerate(classes)}
     return Table(path.stem, features, np.array([index[label] for label in labels]), names, classes)
-
-
-def _natural(name: str) -> tuple[list[Any], str]:
-    """Order names as people do: class-2 before class-10."""
-    pieces: list[Any] = re.split(r"(\d+)", name)
-    for i in range(1, len(pieces), 2):
-        digits = pieces[i].lstrip("0")
-        pieces[i] = len(digits), digits
-    return pieces, name
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _one_line(cell: str) -> str:
-    return " ".join(cell.split())
-
-
-def _quote(name: str) -> str:
-    return f"'{clip(_one_line(name))}'"
-
-
-def _shorten(items: list[str], limit: int = 10) -> str:
-    """Join items into one line; the command line shows no page-long lists."""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more

@@ -1,0 +1,43 @@
+"""The command line `bilevax`: tune the penalties of a linear model, and predict with it.
+
+It needs the extra `bilevax[cli]`. The modules, in the order in which to read them:
+
+    options     the options and their help
+    files       CSV, Parquet and LIBSVM files
+    data        checks, classes and standardising
+    penalties   which features share a penalty
+    folds       which rows train and which are held out
+    model       the losses, and the inner objective with its penalties
+    search      the bilevel problem of all folds, and the loss of given penalties
+    tuning      a grid over one penalty, then steps on hypergradients
+    fitted      the fitted model: model.json, and its predictions
+    report      report.json and the table on the terminal
+    figures     the figures of the report
+    page        report.html
+    tune        the command `bilevax tune`
+    predict     the command `bilevax predict`
+    app         the command line
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+_EXTRA = {
+    "matplotlib": "matplotlib",
+    "orbax": "orbax-checkpoint",
+    "pandas": "pandas",
+    "pyarrow": "pyarrow",
+    "sklearn": "scikit-learn",
+    "tqdm": "tqdm",
+}
+_missing = [package for module, package in _EXTRA.items() if find_spec(module) is None]
+
+if _missing:
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        """Say what is missing, only when it is run: to import the package is no error."""
+        packages = " and ".join(_missing)
+        sys.exit(f"bilevax needs {packages}, not installed here: pip install 'bilevax[cli]'")
+else:
+    from bilevax.cli.app import main as main

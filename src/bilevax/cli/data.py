@@ -1,0 +1,259 @@
+"""Checks, classes and standardising: from a table to what is fitted."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
+from bilevax._frontend.words import DataError, is_number, natural, quote, shorten
+from bilevax.cli.files import Table
+from bilevax.cli.model import Kind, Rows, score_basis
+
+
+class Data(NamedTuple):
+    """Numbers, checked.
+
+    Attributes:
+      names: of the features that vary.
+      features: (rows, features), in the user's units.
+      target: (rows,): numbers for ridge, else the index of the class.
+      classes: their names in order; None for ridge.
+      dropped: the names of the constant columns, which are left out.
+    """
+
+    names: list[str]
+    features: np.ndarray
+    target: np.ndarray
+    classes: list[str] | None
+    dropped: list[str]
+
+
+class Scaling(NamedTuple):
+    """Means and standard deviations of the training rows.
+
+    Attributes:
+      means: (features,).
+      scales: (features,).
+      target_mean: zero for classes.
+      target_scale: one for classes.
+    """
+
+    means: np.ndarray
+    scales: np.ndarray
+    target_mean: float
+    target_scale: float
+
+
+def feature_names(table: Table, target: str | None) -> list[str]:
+    """Return the names of all features, constant ones too.
+
+    Raises:
+      DataError: if the target does not fit the file.
+    """
+    names = list(table.columns.columns)
+    if table.target is not None:
+        if target is not None:
+            raise DataError(
+                f"{table.path} is a LIBSVM file, whose target stands in front of each line: "
+                "leave out --target"
+            )
+        return names
+    columns = shorten([quote(name) for name in names])
+    if target is None:
+        raise DataError(f"say with --target which column of {table.path} is the target: {columns}")
+    if target not in names:
+        raise DataError(f"{table.path} has no column {quote(target)}; its columns are {columns}")
+    names.remove(target)
+    if not names:
+        raise DataError(f"{table.path} has no column besides the target {quote(target)}")
+    return names
+
+
+def prepare(table: Table, target: str | None, kind: Kind) -> Data:
+    """Return the numbers of a table.
+
+    Raises:
+      DataError: if they cannot be used.
+    """
+    names = feature_names(table, target)
+    features = numbers(table, names)
+    column = _target(table, target)
+    if len(features) == 1:
+        raise DataError(f"{table.path} has 1 row; more are needed")
+    if kind is Kind.RIDGE:
+        classes, values = None, _quantity(table, column)
+    else:
+        labels = _labels(column)
+        classes = _order(labels)
+        values = _class_indices(table, labels, classes)
+        _check_classes(table, classes, kind)
+    varies = features.max(axis=0) > features.min(axis=0)
+    if not varies.any():
+        raise DataError(f"no feature of {table.path} varies")
+    kept = [name for name, keep in zip(names, varies, strict=True) if keep]
+    dropped = [name for name, keep in zip(names, varies, strict=True) if not keep]
+    return Data(kept, features[:, varies], values, classes, dropped)
+
+
+def prepare_validation(table: Table, target: str | None, data: Data) -> Data:
+    """Return the numbers of a validation file, with the features and classes of the data.
+
+    Raises:
+      DataError: if they cannot be used.
+    """
+    feature_names(table, target)
+    features = select(table, data.names, data.dropped)
+    column = _target(table, target)
+    if data.classes is None:
+        values = _quantity(table, column)
+    else:
+        values = _class_indices(table, _labels(column), data.classes)
+    return data._replace(features=features, target=values)
+
+
+def select(table: Table, names: list[str], dropped: list[str]) -> np.ndarray:
+    """Return the features that are fitted, in this order.
+
+    A LIBSVM file does not tell how many features it has: those at the end may all be zero.
+
+    Args:
+      table: with these columns, and perhaps others.
+      names: of the features.
+      dropped: the names of those that were constant in the training rows.
+
+    Raises:
+      DataError: if the columns are not all there, or are not finite numbers; if a LIBSVM file has
+        more features than the training rows have.
+    """
+    columns = table.columns
+    if table.target is not None:
+        count = len(names) + len(dropped)
+        found = len(columns.columns)
+        if found > count:
+            raise DataError(f"{table.path} has {found} features, the model was trained on {count}")
+        known = {name for name in names if name.startswith("feature ")}
+        columns = columns.reindex(columns=[*columns.columns, *sorted(known - set(columns))])
+        columns = columns.fillna(0.0)
+    missing = [quote(name) for name in names if name not in columns]
+    if missing:
+        raise DataError(f"{table.path} lacks columns: {shorten(missing)}")
+    return numbers(table._replace(columns=columns), names)
+
+
+def numbers(table: Table, names: list[str]) -> np.ndarray:
+    """Return columns as numbers.
+
+    Raises:
+      DataError: if they are not, or are not finite.
+    """
+    columns = table.columns[names]
+    texts = [name for name in names if not is_numeric_dtype(columns[name])]
+    if texts:
+        examples = [
+            f"{quote(name)} (for example {_example(pd.Series(columns[name]))})" for name in texts
+        ]
+        raise DataError(
+            f"{table.path} has columns that are not numbers: {shorten(examples)}; "
+            "turn them into numbers, or remove them"
+        )
+    values = columns.to_numpy(dtype=np.float64, na_value=np.nan)
+    counts = zip(names, (~np.isfinite(values)).sum(axis=0), strict=True)
+    gaps = [f"{quote(name)} ({count})" for name, count in counts if count]
+    if gaps:
+        raise DataError(
+            f"{table.path} has missing or infinite values in {shorten(gaps)}; "
+            "fill them in, or remove these rows"
+        )
+    return values
+
+
+def standardise(data: Data) -> Scaling:
+    """Return the means and scales of the rows.
+
+    Raises:
+      DataError: if a column is too large for them.
+    """
+    with np.errstate(all="ignore"):  # what overflows here is refused below
+        means, scales = data.features.mean(axis=0), data.features.std(axis=0)
+        target_mean, target_scale = data.target.mean(), data.target.std()
+    if data.classes is not None:
+        target_mean, target_scale = 0.0, 1.0
+    columns = zip([*data.names, "the target"], [*scales, target_scale], strict=True)
+    bad = [quote(name) for name, scale in columns if not (np.isfinite(scale) and scale > 0)]
+    if bad:
+        raise DataError(
+            f"the standard deviation of {shorten(bad)} overflows or vanishes; rescale the column"
+        )
+    return Scaling(means, scales, float(target_mean), float(target_scale))
+
+
+def as_rows(data: Data, scaling: Scaling, kind: Kind) -> Rows:
+    """Return the standardised rows, as the losses take them."""
+    features = (data.features - scaling.means) / scaling.scales
+    if data.classes is None:
+        target = (data.target - scaling.target_mean) / scaling.target_scale
+        return Rows(features, target[:, None], None)
+    basis = score_basis(kind, len(data.classes))
+    return Rows(features, basis[data.target], basis)
+
+
+def _target(table: Table, target: str | None) -> pd.Series:
+    column = pd.Series(table.columns[target]) if table.target is None else table.target
+    gaps = int(column.isna().sum())
+    if gaps:
+        raise DataError(f"{table.path} has {gaps} rows without a target; remove them")
+    return column
+
+
+def _example(column: pd.Series) -> str:
+    texts = [str(cell) for cell in column.dropna() if not is_number(str(cell))]
+    return quote(texts[0] if texts else str(column.iloc[0]))
+
+
+def _quantity(table: Table, column: pd.Series) -> np.ndarray:
+    if not is_numeric_dtype(column) or is_bool_dtype(column):
+        raise DataError(
+            f"the target of {table.path} is not a number (for example {_example(column)}); "
+            "ridge predicts numbers, use --model logistic or multinomial for classes"
+        )
+    values = column.to_numpy(dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise DataError(f"the target of {table.path} has infinite values; remove these rows")
+    if values.min() == values.max():
+        raise DataError(f"the target of {table.path} is {values[0]:g} in all rows")
+    return values
+
+
+def _labels(column: pd.Series) -> list[str]:
+    """Return the classes as texts; 1 and 1.0 are one class."""
+    if is_numeric_dtype(column) and not is_bool_dtype(column):
+        return [f"{value:.15g}" for value in column.to_numpy(dtype=np.float64)]
+    return [str(value) for value in column]
+
+
+def _order(labels: list[str]) -> list[str]:
+    distinct = set(labels)
+    return sorted(distinct, key=float if all(map(is_number, distinct)) else natural)
+
+
+def _class_indices(table: Table, labels: list[str], classes: list[str]) -> np.ndarray:
+    index = {name: i for i, name in enumerate(classes)}
+    unknown = sorted(set(labels) - set(index))
+    if unknown:
+        raise DataError(
+            f"{table.path} has classes that the data does not have: "
+            f"{shorten([quote(name) for name in unknown])}"
+        )
+    return np.array([index[label] for label in labels])
+
+
+def _check_classes(table: Table, classes: list[str], kind: Kind) -> None:
+    names = shorten([quote(name) for name in classes])
+    if len(classes) == 1:
+        raise DataError(f"{table.path} has only one class, {names}, in its target")
+    if kind is Kind.LOGISTIC and len(classes) > 2:
+        raise DataError(
+            f"{table.path} has {len(classes)} classes ({names}); --model logistic takes two, "
+            "use --model multinomial"
+        )

@@ -1,0 +1,179 @@
+"""Reading CSV, Parquet and LIBSVM files, with a clear error for whatever is wrong."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from sklearn.datasets import load_svmlight_file
+
+from bilevax._frontend.svmlight import find_fault
+from bilevax._frontend.words import (
+    DataError,
+    is_number,
+    one_line,
+    other_separator,
+    quote,
+    shorten,
+)
+
+CSV, PARQUET, LIBSVM = {".csv"}, {".parquet", ".pq"}, {".svm", ".svmlight", ".libsvm"}
+MAX_ENTRIES = 20_000_000  # rows times features of a LIBSVM file; 160 MB in float64
+
+
+class Table(NamedTuple):
+    """A file as read.
+
+    Attributes:
+      path: where it came from, for messages.
+      columns: of a CSV or Parquet file all of them; of a LIBSVM file the features.
+      target: that of a LIBSVM file; None elsewhere, where it is one of the columns.
+    """
+
+    path: Path
+    columns: pd.DataFrame
+    target: pd.Series | None
+
+
+def read_table(path: Path) -> Table:
+    """Read a file; its extension says what it is.
+
+    Raises:
+      DataError: if it cannot be read, or its columns cannot be told apart.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in CSV | PARQUET | LIBSVM:
+        raise DataError(
+            f"cannot tell what {path} is by its extension {quote(suffix)}; known are .csv, "
+            ".parquet, .pq, .svm, .svmlight and .libsvm"
+        )
+    try:
+        if not path.exists():
+            raise DataError(f"there is no file {path}")
+        if suffix in LIBSVM:
+            return _read_libsvm(path)
+        table = _read_csv(path) if suffix in CSV else _read_parquet(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not a text file (in UTF-8)") from None
+    if not len(table):
+        raise DataError(f"{path} has no rows")
+    return Table(path, table, None)
+
+
+def read_groups(path: Path, names: list[str]) -> dict[str, str]:
+    """Read which group each feature belongs to.
+
+    Args:
+      path: a CSV file with the columns feature and group.
+      names: the features of the data.
+
+    Raises:
+      DataError: if the file is not that, or does not name each feature once.
+    """
+    if path.suffix.lower() not in CSV:
+        raise DataError(
+            f"--penalty must be single, per-feature or a CSV file, got {quote(str(path))}"
+        )
+    table = read_table(path).columns
+    lacking = [quote(name) for name in ("feature", "group") if name not in table]
+    if lacking:
+        raise DataError(f"{path} has no column {' and no column '.join(lacking)}")
+    gaps = int(table[["feature", "group"]].isna().to_numpy().any(axis=1).sum())
+    if gaps:
+        raise DataError(f"{path} has {gaps} rows without a feature or a group")
+    features = [one_line(name) for name in table["feature"].astype(str)]
+    repeated = [quote(name) for name, count in Counter(features).items() if count > 1]
+    unknown = [quote(name) for name in features if name not in set(names)]
+    missing = [quote(name) for name in names if name not in set(features)]
+    if repeated:
+        raise DataError(f"{path} names features more than once: {shorten(repeated)}")
+    if unknown:
+        raise DataError(f"{path} names features that the data does not have: {shorten(unknown)}")
+    if missing:
+        raise DataError(f"{path} lacks features of the data: {shorten(missing)}")
+    groups = [one_line(group) for group in table["group"].astype(str)]
+    return dict(zip(features, groups, strict=True))
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    options: dict[str, Any] = {"encoding": "utf-8-sig", "skipinitialspace": True}
+    try:
+        # Not by pandas' own header, which renames columns of the same name; and with a second line,
+        # for a first one that is too short would make pandas drop columns.
+        head = pd.read_csv(path, header=None, nrows=2, dtype=str, na_filter=False, **options)
+        names = [one_line(name) for name in head.iloc[0]]
+        _check_header(path, names, str(head.iloc[0, 0]))
+        options |= {"header": 0, "names": names, "index_col": False, "na_values": ["?"]}
+        return pd.read_csv(path, low_memory=False, **options)
+    except pd.errors.EmptyDataError:
+        raise DataError(f"{path} is empty") from None
+    except pd.errors.ParserError as error:
+        fault = re.sub(r".*C error: ", "", one_line(str(error)))
+        raise DataError(f"{path} is not a valid CSV file: {fault}") from None
+
+
+def _check_header(path: Path, names: list[str], first: str) -> None:
+    """Raise if the first line cannot hold the names of columns."""
+    if len(names) == 1:
+        if (separator := other_separator(first)) is not None:
+            raise DataError(
+                f"{path} is separated by {separator}; turn them into commas "
+                "(and decimal commas into points)"
+            )
+        raise DataError(f"{path} has one column, no commas; columns are separated by commas")
+    if all(map(is_number, names)):
+        raise DataError(f"the first line of {path} must hold the names of the columns")
+    if "" in names:
+        raise DataError(f"column {names.index('') + 1} of {path} has no name; remove or name it")
+    _check_repeated(path, names)
+
+
+def _check_repeated(path: Path, names: list[str]) -> None:
+    repeated = [quote(name) for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise DataError(f"{path} has columns of the same name: {shorten(repeated)}")
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_parquet(path, engine="pyarrow")
+    except ValueError as error:  # pyarrow's errors are ValueErrors
+        fault = one_line(str(error)).partition(". ")[0]
+        raise DataError(f"{path} is not a valid Parquet file: {fault}") from None
+    table.columns = [one_line(str(name)) for name in table.columns]
+    _check_repeated(path, list(table.columns))
+    return table
+
+
+def _read_libsvm(path: Path) -> Table:
+    text = path.read_text(encoding="utf-8")
+    if not any(line.partition("#")[0].strip() for line in text.split("\n")):
+        raise DataError(f"{path} is empty")
+    try:
+        # Without a guess of the first index, which could differ between two files of one kind.
+        features, target = load_svmlight_file(str(path), dtype=np.float64, zero_based=True)[:2]  # type: ignore[arg-type]
+    except (ValueError, OverflowError) as error:
+        fault = find_fault(text) or str(error)
+        raise DataError(f"{path} is not a valid LIBSVM file: {fault}") from None
+    if features[:, :1].nnz:
+        raise DataError(f"{path} has an index 0; the indices of a LIBSVM file start at 1")
+    features = features[:, 1:]
+    rows, columns = features.shape
+    if rows * columns > MAX_ENTRIES:
+        raise DataError(
+            f"{path} has {rows} rows and {columns} features, too many: "
+            f"at most {MAX_ENTRIES} numbers are kept in memory"
+        )
+    if not columns:
+        raise DataError(f"{path} has no features")
+    names = libsvm_names(columns)
+    return Table(path, pd.DataFrame(features.toarray(), columns=names), pd.Series(target))
+
+
+def libsvm_names(count: int) -> list[str]:
+    """Return the names of the features of a LIBSVM file."""
+    return [f"feature {i + 1}" for i in range(count)]

@@ -1,0 +1,96 @@
+"""The models: a loss per row, and the inner objective with its penalties."""
+
+import enum
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Kind(enum.StrEnum):
+    """What is fitted."""
+
+    RIDGE = "ridge"
+    LOGISTIC = "logistic"
+    MULTINOMIAL = "multinomial"
+
+    @property
+    def loss_name(self) -> str:
+        """The loss of held-out rows, for people."""
+        return "squared error" if self is Kind.RIDGE else "cross entropy"
+
+
+class Weights(NamedTuple):
+    """The inner variable, in units of standardised features.
+
+    Attributes:
+      coefficients: (features, columns).
+      intercepts: (columns,), without penalty.
+    """
+
+    coefficients: jax.Array
+    intercepts: jax.Array
+
+
+class Rows(NamedTuple):
+    """All rows, as the losses take them.
+
+    Attributes:
+      features: (rows, features), standardised.
+      target: (rows, columns). For ridge the standardised target. For classes the direction in which
+        the scores raise the right one, basis[class].
+      basis: (classes, columns), by which scores become logits; None for ridge.
+    """
+
+    features: jax.Array | np.ndarray
+    target: jax.Array | np.ndarray
+    basis: jax.Array | np.ndarray | None
+
+
+def score_basis(kind: Kind, classes: int) -> np.ndarray:
+    """Return what turns scores into logits, (classes, columns).
+
+    Two classes of a logistic regression have one column, the log-odds of the second. The logits of
+    a multinomial one count up to a constant, and a penalty shared by all classes makes their
+    coefficients sum to zero. So there is an orthonormal basis of what sums to zero: the penalty is
+    the same in it, and the Hessian has no null space.
+    """
+    if kind is Kind.LOGISTIC:
+        return np.array([[0.0], [1.0]])
+    spanning = np.hstack([np.ones((classes, 1)), np.eye(classes)[:, 1:]])
+    return np.linalg.qr(spanning)[0][:, 1:]
+
+
+def row_losses(weights: Weights, rows: Rows) -> jax.Array:
+    """Return the loss of each row: half the squared error, or the cross entropy."""
+    scores = rows.features @ weights.coefficients + weights.intercepts
+    if rows.basis is None:
+        return 0.5 * jnp.sum((scores - rows.target) ** 2, axis=1)
+    logits = scores @ rows.basis.T
+    return jax.nn.logsumexp(logits, axis=1) - jnp.sum(scores * rows.target, axis=1)
+
+
+def penalised_loss(
+    weights: Weights, log_penalties: jax.Array, rows: Rows, share: jax.Array, variance: jax.Array
+) -> jax.Array:
+    """Return the inner objective of one fold.
+
+        f(w, y) = sum_i share_i loss_i(w) + 1/2 sum_jk exp(y_j) variance_j w_jk^2
+
+    Args:
+      weights: w.
+      log_penalties: y, (features,).
+      rows: all rows; which of them train is in the shares, so that all folds have one shape.
+      share: (rows,), one over the number of training rows, or zero.
+      variance: (features,), of the training rows. To standardise by them would be to shift the
+        features, which the intercept undoes, and to scale them, which is to scale the penalty.
+    """
+    penalty = jnp.exp(log_penalties) * variance
+    return share @ row_losses(weights, rows) + 0.5 * penalty @ jnp.sum(weights.coefficients**2, 1)
+
+
+def zero_weights(tasks: int, rows: Rows) -> Weights:
+    """Return where first inner solves start, for some tasks."""
+    features, columns = rows.features.shape[1], rows.target.shape[1]
+    return Weights(np.zeros((tasks, features, columns)), np.zeros((tasks, columns)))  # type: ignore[arg-type]

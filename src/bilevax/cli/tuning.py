@@ -1,0 +1,158 @@
+"""Tuning: a grid over one penalty, then steps on hypergradients of all of them."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.projections
+
+import bilevax as bx
+from bilevax.checkpoints import Checkpoints
+from bilevax.cli.folds import Folds
+from bilevax.cli.model import Rows, Weights, zero_weights
+from bilevax.cli.search import (
+    BATCH,
+    GRID,
+    Evaluator,
+    Losses,
+    held_out_losses,
+    inner_problem,
+    linear_solver,
+)
+
+LOWEST, HIGHEST = 1e-5, 1e3  # of penalties; beyond, losses hardly change
+RULES = ("implicit", "newton", "jacobi")
+# Inner solves end at this part of the gradient at zero weights, those of the last fit at the
+# second. Adjoint systems too large for a direct solve need to be no better than the accuracy.
+_RTOL, _FIT_RTOL, _ADJOINT_RTOL = 1e-5, 1e-10, 1e-3
+# Steps by signs suit penalties, whose slopes differ by orders of magnitude: each log-penalty has a
+# step of its own, which grows while its slope keeps its sign. They need no line search.
+_FIRST_STEP, _LONGEST_STEP = 0.3, 2.0
+_HISTORY = 1000  # steps; not as many as asked for, which may be more in a run that goes on
+
+
+class Grid(NamedTuple):
+    """Single penalties and their cross-validated losses, in the order of evaluation.
+
+    Attributes:
+      penalties: strong ones first; then those between the neighbours of the best.
+      losses: one per penalty.
+      best: the penalty with the lowest loss.
+      weights: of all folds, near the solution at the best penalty.
+    """
+
+    penalties: np.ndarray
+    losses: np.ndarray
+    best: float
+    weights: Weights
+
+
+class Tuned(NamedTuple):
+    """Where tuning ended.
+
+    Attributes:
+      penalties: those that were tuned.
+      run: of the outer loop.
+      losses: two entries: of the best single penalty, and of the tuned ones.
+      is_better: whether tuning found a lower loss than the best single penalty has; if not, the
+        second entry of the losses is that of the single one too.
+    """
+
+    penalties: np.ndarray
+    run: bx.MinimizeResult
+    losses: Losses
+    is_better: bool
+
+
+def search_grid(evaluator: Evaluator, features: int) -> Grid:
+    """Evaluate single penalties: a coarse grid, then a finer one around the best."""
+
+    def evaluate(logs: np.ndarray, start: Weights | None) -> Losses:
+        log_penalties = np.repeat(logs[:, None], features, axis=1)
+        return evaluator.evaluate(log_penalties, _RTOL, start)
+
+    logs, losses, weights = np.log(GRID), [], None
+    for k in range(0, len(logs), BATCH):
+        found = evaluate(logs[k : k + BATCH], weights)
+        losses.append(found.mean)
+        weights = _entry(found.weights, -1)
+    best = int(np.nanargmin(np.concatenate(losses)))
+    fine = np.linspace(logs[max(best - 1, 0)], logs[min(best + 1, len(logs) - 1)], BATCH)
+    found = evaluate(fine, None)
+    losses, logs = np.concatenate([*losses, found.mean]), np.concatenate([logs, fine])
+    nearest = _entry(found.weights, int(np.nanargmin(found.mean)))
+    return Grid(np.exp(logs), losses, float(np.exp(logs[np.nanargmin(losses)])), nearest)
+
+
+def make_engine(
+    rows: Rows, folds: Folds, index: np.ndarray, rule: str, rtol: float = _RTOL
+) -> bx.Engine:
+    """Return the function from log-penalties to the cross-validated loss and its gradient.
+
+    Args:
+      rows: the data.
+      folds: which rows train and which are held out.
+      index: (features,), which log-penalty is that of a feature.
+      rule: one of `RULES`.
+      rtol: where inner solves end.
+    """
+
+    def loss(weights: Weights, log_penalties: jax.Array) -> jax.Array:
+        return jnp.mean(held_out_losses(weights, rows, folds))
+
+    linear = linear_solver(rows)
+    steps = {"newton": bx.NewtonStep(linear), "jacobi": bx.JacobiStep()}
+    formula: bx.Rule = bx.Implicit(linear or bx.CG(rtol=_ADJOINT_RTOL))
+    if rule in steps:
+        formula = bx.Preconditioned(formula, step=steps[rule])
+    problem = inner_problem(rows, folds, index)
+    return bx.value_and_hypergradient(loss, problem, bx.Newton(linear, rtol=rtol), formula)
+
+
+def tune(
+    rows: Rows,
+    folds: Folds,
+    index: np.ndarray,
+    start: float,
+    rule: str,
+    accuracy: float,
+    steps: int,
+    checkpoints: Path,
+) -> bx.MinimizeResult:
+    """Minimise the cross-validated loss over the penalties, from a single one on."""
+    engine = make_engine(rows, folds, index, rule)
+    optimizer = optax.rprop(_FIRST_STEP, max_step_size=_LONGEST_STEP)
+    step = bx.make_step(engine, optimizer, projection=_into_box)
+    return bx.minimize(
+        step,
+        np.full(index.max() + 1, np.log(start)),
+        zero_weights(len(folds.train), rows),
+        steps,
+        rtol=accuracy,
+        history=_HISTORY,
+        checkpoint=Checkpoints(checkpoints),
+    )
+
+
+def finish(evaluator: Evaluator, index: np.ndarray, grid: Grid, run: bx.MinimizeResult) -> Tuned:
+    """Fit the best single penalty and the tuned ones accurately, and take the better."""
+    logs = np.stack([np.full(len(index), np.log(grid.best)), np.asarray(run.y)[index]])
+    losses = evaluator.evaluate(logs, _FIT_RTOL, grid.weights)
+    is_better = bool(losses.mean[1] <= losses.mean[0])
+    tuned = np.exp(np.asarray(run.y))
+    if not is_better:
+        losses = jax.tree.map(lambda leaf: leaf[[0, 0]], losses)
+        tuned = np.full_like(tuned, grid.best)
+    return Tuned(tuned, run, losses, is_better)
+
+
+def _entry(weights: Weights, position: int) -> Weights:
+    return Weights(*(leaf[position] for leaf in weights))
+
+
+def _into_box(log_penalties: jax.Array) -> jax.Array:
+    lowest, highest = np.log(LOWEST), np.log(HIGHEST)
+    return optax.projections.projection_box(log_penalties, lowest, highest)
