@@ -222,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of timing (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing (default %(default)s)")
     parser.add_argument(
         "--output", type=Path, default=OUTPUT, metavar="DIR", help="default: %(default)s"
     )

@@ -104,7 +104,7 @@ def ours(problem: Training) -> Iterator[Contender]:
             step = bx.make_step(engine, optimizer, schedule=schedule)
             yield _of_step(problem, name, kind, step)
         if kind == "implicit":
-            step = bx.hoag(engine, first_step=5.0)
+            step = bx.hoag(engine)
             yield _of_step(problem, "HOAG, with its own steps", kind, step)
 
 
@@ -127,7 +127,8 @@ def _counts(step: bx.OuterStep, corrected: bool, state: bx.BilevelState) -> Coun
     """
     taken = int(state.step)
     history = jax.tree.map(lambda leaf: np.asarray(leaf[:taken]), state.history)
-    guarded = step.warm_x and not isinstance(step.schedule, bx.Logarithmic)
+    has_tolerance = not isinstance(step.schedule, bx.Logarithmic)
+    guarded = step.warm_x and step.schedule.safeguarded and has_tolerance
     fixed = sum(
         (
             1,  # the scale: F at the cold start

@@ -23,16 +23,18 @@ PyTree = Any
 _PROGRESS = 0.5
 
 
-def resolved(effort: Effort, engine: Engine, y: PyTree, warm: WarmStart, *, warm_x: bool) -> Effort:
+def resolved(
+    effort: Effort, engine: Engine, y: PyTree, warm: WarmStart, *, safeguarded: bool
+) -> Effort:
     """Return an effort with a tolerance where there can be one.
 
-    It improves a warm start, even one that meets the tolerance of the schedule already.
+    A safeguarded one improves a warm start, even one that meets the tolerance already.
     """
     fixed = isinstance(engine.rule, IterativeRule) or effort.steps is not None
     if fixed or engine.accuracy is not None:
         return effort  # the solver stops by steps, or by certificates
     rtol = loop.stopping_rtol(engine.solver, warm.x) if effort.rtol is None else effort.rtol
-    if not warm_x:
+    if not safeguarded:
         return effort._replace(rtol=rtol)
 
     def ratio(problem: Any, x: PyTree, start: PyTree) -> jax.Array:

@@ -50,6 +50,9 @@ class Schedule(abc.ABC):
     start; linear solves without a tolerance of their own follow it.
     """
 
+    safeguarded: bool = True
+    """Whether a step must improve a warm start that meets the tolerance already."""
+
     def check(self, engine: Engine) -> None:
         """Raise if the schedule does not fit the engine."""
         name = type(self).__name__
@@ -257,13 +260,15 @@ class _Memory(NamedTuple):
 class Adaptive(Schedule):
     """A tolerance that keeps the error of the hypergradient a fixed fraction of its norm.
 
-        || Omega - dh/dy || <= fraction * || Omega ||
+        || Omega - dh/dy || <= fraction * || y - P(y - Omega) ||
+
+    Without a projection P, the right-hand side is fraction * || Omega ||.
 
     The first hypergradient gets a certificate, and further ones follow after 2, 4, 8, ... steps, up
     to `every`. The error is proportional to rtol^order (`Rule.order`), so a certificate tells the
-    tolerance that the fraction asks for; in between, the tolerance follows the norm of the
-    gradient. Where a certificate finds more error than allowed, y stays, unless this precision
-    allows no tighter tolerance; the next step gets one again, and the count begins anew.
+    tolerance that the fraction asks for; in between, the tolerance follows the right-hand side.
+    Where a certificate finds more error than allowed, y stays, unless this precision allows no
+    tighter tolerance; the next step gets one again, and the count begins anew.
 
     Args:
       fraction: between 0 and 1, without unit.
@@ -280,9 +285,11 @@ class Adaptive(Schedule):
       Adaptive(fraction=0.1, every=20, first=0.1)
     """
 
-    fraction: Any = 0.1
+    fraction: Any = 0.2
     every: Any = 20
     first: Any = 0.1
+
+    safeguarded = False  # certificates see what a warm start leaves
 
     def __post_init__(self) -> None:
         _check_positive(self)
@@ -319,7 +326,7 @@ class Adaptive(Schedule):
         certificate: Certificate | None,
         order: int,
     ) -> _Memory:
-        size = entry.gradient_norm
+        size = entry.stationarity
         error, allowed, known = self._judged(entry, certificate)
         factor = (_AIM * allowed / error) ** (1 / order)
         factor = jnp.where(known, jnp.clip(factor, 1 / _LARGEST_CHANGE, _LARGEST_CHANGE), _CAUTION)
@@ -336,7 +343,7 @@ class Adaptive(Schedule):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return the error, the one allowed, and whether the certificate tells."""
         assert certificate is not None  # made in every step, if only of NaN
-        size = entry.gradient_norm
+        size = entry.stationarity
         error = (certificate.absolute * (1 + certificate.contraction)).astype(size.dtype)
         allowed = jnp.asarray(self.fraction, size.dtype) * size
         known = (certificate.status == Status.CONVERGED) & jnp.isfinite(error) & (size > 0)

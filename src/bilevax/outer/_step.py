@@ -113,7 +113,8 @@ def make_step(
     The solves start from those of the last step. A warm start that meets a loose tolerance already
     would never move again while y does, and the error would not fall below that tolerance; so an
     inner solve leaves at most half of the residual that it starts with, unless that is below
-    eps^(3/4) of the one at x0 (of a separable problem, the task that is worst off tells).
+    eps^(3/4) of the one at x0 (of a separable problem, the task that is worst off tells). With
+    `Adaptive`, certificates take care of that.
 
     Args:
       engine: made by `value_and_hypergradient`; or a function of a PRNG key that returns one, which
@@ -214,7 +215,8 @@ def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
     if not step.warm_adjoint:
         warm = warm._replace(adjoint=jax.tree.map(jnp.zeros_like, warm.adjoint))
     effort = step.schedule.effort(state.schedule, state.step, warm.x)
-    effort = resolved(effort, engine, y, warm, warm_x=step.warm_x)
+    safeguarded = step.warm_x and step.schedule.safeguarded
+    effort = resolved(effort, engine, y, warm, safeguarded=safeguarded)
     # A lane of `vmap` that has stopped must not hold up those that run.
     effort = idle_unless(state.outcome == Outcome.RUNNING, effort)
     engine = with_effort(engine, effort)
