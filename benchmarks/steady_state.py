@@ -1,7 +1,7 @@
 """How much of a training run is spent inside of compiled steps: `make steady`.
 
-`minimize` drives two runs with a progress bar on a terminal (a pseudo-terminal, if there is none) and
-checkpoints every second:
+`minimize` drives two runs with a progress bar on a terminal (a pseudo-terminal, if there is none)
+and checkpoints every second:
 
   small    ridge regression with 20 penalties, whose steps take microseconds
   digits   multinomial logistic regression with 640 penalties, whose steps take milliseconds

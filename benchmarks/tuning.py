@@ -81,7 +81,7 @@ def run_ours(problem: Problem) -> dict[str, Any]:
             problem.rows,
             folds,
             index,
-            start=grid.best,
+            grid=grid,
             rule=tuning.RULES[0],
             accuracy=ACCURACY,
             steps=STEPS,

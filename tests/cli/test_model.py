@@ -1,6 +1,7 @@
 """The losses, the folds and the hypergradient, against scikit-learn, NumPy and differences."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -10,9 +11,10 @@ from sklearn.preprocessing import StandardScaler
 
 import bilevax as bx
 from bilevax.cli import folds as splits
+from bilevax.cli.coordinates import curvatures, to_point, to_weights, zero_points
 from bilevax.cli.data import Data, as_rows, standardise
 from bilevax.cli.fitted import make_fitted
-from bilevax.cli.model import Kind, Weights, score_basis, zero_weights
+from bilevax.cli.model import Kind, Weights, row_losses, score_basis, score_curvatures, zero_weights
 from bilevax.cli.report import loss_unit
 from bilevax.cli.search import Evaluator
 from bilevax.cli.tuning import RULES, make_engine
@@ -121,12 +123,14 @@ def test_penalties_of_ridge_give_the_closed_form():
 @pytest.mark.parametrize("rule", RULES)
 def test_the_hypergradient_is_that_of_differences(case, rule):
     index = np.array([0, 1, 1, 2])  # the penalty in the middle is shared
-    engine = make_engine(case.rows, case.folds, index, rule, rtol=1e-13)
+    weights = zero_weights(FOLDS, case.rows)
+    matrices = curvatures(case.rows, case.folds, weights)
+    engine = make_engine(case.rows, case.folds, matrices, index, rule, rtol=1e-13)
     y = np.log([0.01, 0.3, 0.05])
 
     @jax.jit
     def evaluate(y):
-        result = engine(y, bx.cold_start(zero_weights(FOLDS, case.rows)))
+        result = engine(y, bx.cold_start(zero_points(FOLDS, case.rows)))
         return result.value, result.gradient
 
     gradient = np.asarray(evaluate(y)[1])
@@ -137,6 +141,47 @@ def test_the_hypergradient_is_that_of_differences(case, rule):
         np.testing.assert_allclose(gradient[j], difference, rtol=1e-5, atol=1e-9)
     loss = case.evaluator.evaluate(y[index][None], 1e-12).mean[0]
     np.testing.assert_allclose(evaluate(y)[0], loss, rtol=1e-9)
+
+
+def test_in_the_coordinates_of_ridge_the_hessian_is_the_identity():
+    case = Case(Kind.RIDGE)
+    penalties = np.array([1e-4, 0.1, 10.0, 0.5])
+    matrix = curvatures(case.rows, case.folds, zero_weights(FOLDS, case.rows))[0]
+    features, share = np.asarray(case.rows.features), case.folds.train[0]
+    extended = np.concatenate([features, np.ones((50, 1))], axis=1)
+    hessian = (extended * share[:, None]).T @ extended + np.diag([*penalties, 0])
+
+    def extended_weights(point):
+        return jnp.append(*to_weights(point[:, None], matrix, penalties))
+
+    to = jax.jacobian(extended_weights)(jnp.ones(5))
+    np.testing.assert_allclose(to.T @ hessian @ to, np.eye(5), atol=1e-9)
+
+
+def test_coordinates_of_weights_and_back(case):
+    rng = np.random.default_rng(1)
+    columns = case.rows.target.shape[1]
+    weights = Weights(rng.normal(size=(4, columns)), rng.normal(size=columns))
+    stacked = Weights(*(np.stack([leaf] * FOLDS) for leaf in weights))
+    matrix = curvatures(case.rows, case.folds, stacked)[1]
+    penalties = np.array([1e-5, 1e3, 1.0, 0.1])
+    back = to_weights(to_point(weights, matrix, penalties), matrix, penalties)
+    for one, other in zip(back, weights, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-8)
+
+
+def test_curvatures_of_scores_are_second_derivatives(case):
+    columns = case.rows.target.shape[1]
+    weights = Weights(np.full((4, columns), 0.3), np.arange(columns) / 10)
+
+    def loss(shift):  # of the scores
+        return jnp.sum(
+            row_losses(weights._replace(intercepts=weights.intercepts + shift), case.rows)
+        )
+
+    found = score_curvatures(weights, case.rows)
+    expected = jnp.trace(jax.hessian(loss)(jnp.zeros(columns))) / columns
+    np.testing.assert_allclose(found.sum(), expected, rtol=1e-9)
 
 
 def test_the_basis_is_orthonormal_and_sums_to_zero():

@@ -8,6 +8,7 @@ It needs the extra `bilevax[cli]`. The modules, in the order in which to read th
     penalties   which features share a penalty
     folds       which rows train and which are held out
     model       the losses, and the inner objective with its penalties
+    coordinates the unknowns that solvers move
     search      the bilevel problem of all folds, and the loss of given penalties
     tuning      a grid over one penalty, then steps on hypergradients
     fitted      the fitted model: model.json, and its predictions

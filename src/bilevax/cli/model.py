@@ -71,23 +71,33 @@ def row_losses(weights: Weights, rows: Rows) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=1) - jnp.sum(scores * rows.target, axis=1)
 
 
+def score_curvatures(weights: Weights, rows: Rows) -> np.ndarray:
+    """Return the second derivative of the loss of each row in its scores, the mean over columns."""
+    if rows.basis is None:
+        return np.ones(len(rows.features))
+    logits = (rows.features @ weights.coefficients + weights.intercepts) @ rows.basis.T
+    probabilities = np.exp(logits - np.max(logits, axis=1, keepdims=True))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    variances = probabilities @ rows.basis**2 - (probabilities @ rows.basis) ** 2
+    return variances.mean(axis=1)
+
+
 def penalised_loss(
-    weights: Weights, log_penalties: jax.Array, rows: Rows, share: jax.Array, variance: jax.Array
+    weights: Weights, penalties: jax.Array, rows: Rows, share: jax.Array
 ) -> jax.Array:
     """Return the inner objective of one fold.
 
-        f(w, y) = sum_i share_i loss_i(w) + 1/2 sum_jk exp(y_j) variance_j w_jk^2
+        f(w) = sum_i share_i loss_i(w) + 1/2 sum_jk penalty_j w_jk^2
 
     Args:
       weights: w.
-      log_penalties: y, (features,).
+      penalties: (features,), each times the variance of its feature in the training rows. To
+        standardise by those rows would be to shift the features, which the intercept undoes, and
+        to scale them, which is to scale the penalty.
       rows: all rows; which of them train is in the shares, so that all folds have one shape.
       share: (rows,), one over the number of training rows, or zero.
-      variance: (features,), of the training rows. To standardise by them would be to shift the
-        features, which the intercept undoes, and to scale them, which is to scale the penalty.
     """
-    penalty = jnp.exp(log_penalties) * variance
-    return share @ row_losses(weights, rows) + 0.5 * penalty @ jnp.sum(weights.coefficients**2, 1)
+    return share @ row_losses(weights, rows) + 0.5 * penalties @ jnp.sum(weights.coefficients**2, 1)
 
 
 def zero_weights(tasks: int, rows: Rows) -> Weights:

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevax as bx
+from bilevax.cli.coordinates import curvatures, to_point, to_weights, zero_points
 from bilevax.cli.folds import Folds
 from bilevax.cli.model import Rows, Weights, penalised_loss, row_losses, zero_weights
 
-# Up to so many inner unknowns a direct solve is the faster one, and it compiles faster.
-_DENSE = 150
 GRID = np.logspace(2, -5, 20)  # single penalties, from strong to weak
 BATCH = 10  # penalties in one call of the compiled program
 
@@ -37,26 +36,34 @@ class Losses(NamedTuple):
         return self.folds.mean(axis=1)
 
 
-def linear_solver(rows: Rows) -> bx.LinearSolver | None:
-    """Return the linear solver for an inner problem; None for the default, conjugate gradients."""
-    unknowns = (rows.features.shape[1] + 1) * rows.target.shape[1]
-    return bx.Dense() if unknowns <= _DENSE else None
-
-
-def inner_problem(rows: Rows, folds: Folds, index: np.ndarray) -> bx.Problem:
+def inner_problem(
+    rows: Rows, folds: Folds, curvatures: np.ndarray | jax.Array, index: np.ndarray
+) -> bx.Problem:
     """Return the inner problem: fit each fold, for given log-penalties.
 
     Args:
-      rows: the data.
+      rows: all rows.
       folds: which rows train.
+      curvatures: of each fold, for the coordinates of the inner variable.
       index: (features,), the entry of the log-penalties that is that of a feature.
     """
 
-    def train_loss(weights: Weights, log_penalties: jax.Array, task: Any) -> jax.Array:
-        share, variance = task
-        return penalised_loss(weights, log_penalties[index], rows, share, variance)
+    def train_loss(point: jax.Array, log_penalties: jax.Array, task: Any) -> jax.Array:
+        share, variance, curvature = task
+        penalties = jnp.exp(log_penalties[index]) * variance
+        weights = to_weights(point, curvature, penalties)
+        return penalised_loss(weights, penalties, rows, share)
 
-    return bx.separable(bx.minimum(train_loss), tasks=(folds.train, folds.variance))
+    tasks = (folds.train, folds.variance, curvatures)
+    return bx.separable(bx.minimum(train_loss), tasks=tasks)
+
+
+def all_weights(
+    points: jax.Array, log_penalties: jax.Array, folds: Folds, curvatures: np.ndarray | jax.Array
+) -> Weights:
+    """Return the weights of all folds; there is one log-penalty for each feature."""
+    penalties = jnp.exp(log_penalties) * folds.variance
+    return jax.vmap(to_weights)(points, jnp.asarray(curvatures), penalties)
 
 
 def held_out_losses(weights: Weights, rows: Rows, folds: Folds) -> jax.Array:
@@ -96,28 +103,31 @@ class Evaluator:
         padded = np.concatenate([log_penalties, np.repeat(log_penalties[-1:], BATCH - count, 0)])
         if start is None:
             start = zero_weights(len(self._all.train), self._rows)
+        arguments = start, curvatures(self._rows, self._all, start), padded, rtol
         if self._program is None:
-            self._program = jax.jit(self._scan).lower(start, padded, rtol).compile()
+            self._program = jax.jit(self._scan).lower(*arguments).compile()
             self.compile_seconds = time.perf_counter() - began
-        folds, status, weights = jax.device_get(self._program(start, padded, rtol))
+        folds, status, weights = jax.device_get(self._program(*arguments))
         self.seconds += time.perf_counter() - began
         kept = Weights(*(leaf[:count] for leaf in weights))
         return Losses(folds[:count, :-1], status[:count], kept)
 
-    def _scan(self, start: Weights, log_penalties: jax.Array, rtol: jax.Array) -> Any:
+    def _scan(
+        self, start: Weights, curvatures: jax.Array, log_penalties: jax.Array, rtol: jax.Array
+    ) -> Any:
         features = self._rows.features.shape[1]
-        problem = inner_problem(self._rows, self._all, np.arange(features))
-        # At zero weights the penalties do not count. Relative to the gradient at a warm start,
-        # which is small, solves would be far more accurate than they need to be.
-        zero = zero_weights(len(self._all.train), self._rows)
-        gradient = problem.optimality(zero, log_penalties[0])
-        squares = [jnp.sum(leaf**2, axis=range(1, leaf.ndim)) for leaf in gradient]
-        atol = rtol * jnp.sqrt(jnp.min(sum(squares)))
-        solver = bx.Newton(linear_solver(self._rows), rtol=0.0, atol=atol)
-        solve = bx.solution_map(problem, solver)
+        problem = inner_problem(self._rows, self._all, curvatures, np.arange(features))
+        zero = zero_points(len(self._all.train), self._rows)
 
         def step(weights: Weights, log_penalties: jax.Array) -> Any:
-            weights, report = solve.with_report(weights, log_penalties)
+            # Relative to the gradient at a warm start, which is small, solves would be far more
+            # accurate than they need to be.
+            squares = jnp.sum(problem.optimality(zero, log_penalties) ** 2, axis=(1, 2))
+            solver = bx.Newton(rtol=0.0, atol=rtol * jnp.sqrt(jnp.min(squares)))
+            penalties = jnp.exp(log_penalties) * self._all.variance
+            points = jax.vmap(to_point)(weights, curvatures, penalties)
+            points, report = bx.solution_map(problem, solver).with_report(points, log_penalties)
+            weights = all_weights(points, log_penalties, self._all, curvatures)
             losses = held_out_losses(weights, self._rows, self._all)
             return weights, (losses, report.status.max(), weights)
 

@@ -182,7 +182,7 @@ def _run(options: argparse.Namespace, task: _Task, began: float) -> report.Study
             task.rows,
             task.folds,
             index,
-            start=grid.best,
+            grid=grid,
             rule=options.rule,
             accuracy=options.accuracy,
             steps=options.steps,

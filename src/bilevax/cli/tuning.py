@@ -11,23 +11,23 @@ import optax.projections
 
 import bilevax as bx
 from bilevax.checkpoints import Checkpoints
+from bilevax.cli.coordinates import curvatures, zero_points
 from bilevax.cli.folds import Folds
-from bilevax.cli.model import Rows, Weights, zero_weights
+from bilevax.cli.model import Rows, Weights
 from bilevax.cli.search import (
     BATCH,
     GRID,
     Evaluator,
     Losses,
+    all_weights,
     held_out_losses,
     inner_problem,
-    linear_solver,
 )
 
 LOWEST, HIGHEST = 1e-5, 1e3  # of penalties; beyond, losses hardly change
 RULES = ("implicit", "newton", "jacobi")
-# Inner solves end at this part of the gradient at zero weights, those of the last fit at the
-# second. Adjoint systems too large for a direct solve need to be no better than the accuracy.
-_RTOL, _FIT_RTOL, _ADJOINT_RTOL = 1e-5, 1e-10, 1e-3
+# Inner solves end at the first part of the gradient at zero weights, the last fit at the second.
+_RTOL, _FIT_RTOL = 1e-3, 1e-10
 # Steps by signs suit penalties, whose slopes differ by orders of magnitude: each log-penalty has a
 # step of its own, which grows while its slope keeps its sign. They need no line search.
 _FIRST_STEP, _LONGEST_STEP = 0.3, 2.0
@@ -88,48 +88,56 @@ def search_grid(evaluator: Evaluator, features: int) -> Grid:
 
 
 def make_engine(
-    rows: Rows, folds: Folds, index: np.ndarray, rule: str, rtol: float = _RTOL
+    rows: Rows,
+    folds: Folds,
+    curvatures: np.ndarray,
+    index: np.ndarray,
+    rule: str,
+    rtol: float = _RTOL,
 ) -> bx.Engine:
     """Return the function from log-penalties to the cross-validated loss and its gradient.
 
     Args:
       rows: the data.
       folds: which rows train and which are held out.
+      curvatures: of each fold, for the coordinates of the inner variable.
       index: (features,), which log-penalty is that of a feature.
       rule: one of `RULES`.
       rtol: where inner solves end.
     """
 
-    def loss(weights: Weights, log_penalties: jax.Array) -> jax.Array:
+    def loss(points: jax.Array, log_penalties: jax.Array) -> jax.Array:
+        weights = all_weights(points, log_penalties[index], folds, curvatures)
         return jnp.mean(held_out_losses(weights, rows, folds))
 
-    linear = linear_solver(rows)
-    steps = {"newton": bx.NewtonStep(linear), "jacobi": bx.JacobiStep()}
-    formula: bx.Rule = bx.Implicit(linear or bx.CG(rtol=_ADJOINT_RTOL))
+    steps = {"newton": bx.NewtonStep(), "jacobi": bx.JacobiStep()}
+    formula: bx.Rule = bx.Implicit()
     if rule in steps:
         formula = bx.Preconditioned(formula, step=steps[rule])
-    problem = inner_problem(rows, folds, index)
-    return bx.value_and_hypergradient(loss, problem, bx.Newton(linear, rtol=rtol), formula)
+    problem = inner_problem(rows, folds, curvatures, index)
+    return bx.value_and_hypergradient(loss, problem, bx.Newton(rtol=rtol), formula)
 
 
 def tune(
     rows: Rows,
     folds: Folds,
     index: np.ndarray,
-    start: float,
+    grid: Grid,
     rule: str,
     accuracy: float,
     steps: int,
     checkpoints: Path,
 ) -> bx.MinimizeResult:
     """Minimise the cross-validated loss over the penalties, from a single one on."""
-    engine = make_engine(rows, folds, index, rule)
+    count = len(folds.train)
+    weights = Weights(*(leaf[:count] for leaf in grid.weights))  # the last are those of all rows
+    engine = make_engine(rows, folds, curvatures(rows, folds, weights), index, rule)
     optimizer = optax.rprop(_FIRST_STEP, max_step_size=_LONGEST_STEP)
     step = bx.make_step(engine, optimizer, projection=_into_box)
     return bx.minimize(
         step,
-        np.full(index.max() + 1, np.log(start)),
-        zero_weights(len(folds.train), rows),
+        np.full(index.max() + 1, np.log(grid.best)),
+        zero_points(count, rows),
         steps,
         rtol=accuracy,
         history=_HISTORY,

@@ -90,6 +90,7 @@ class Schedule(abc.ABC):
         step: jax.Array,
         entry: BilevelHistory,
         certificate: Certificate | None,
+        cold_residual: jax.Array,
         order: int,
     ) -> PyTree:
         """Return what the schedule remembers after a step.
@@ -99,6 +100,7 @@ class Schedule(abc.ABC):
           step: the number of the step.
           entry: what the history says of it.
           certificate: of the hypergradient, where the schedule asks for some; NaN in other steps.
+          cold_residual: ||F(x0, y)||, which tolerances are relative to.
           order: the power of the tolerance to which the error is proportional.
         """
         return state
@@ -324,17 +326,27 @@ class Adaptive(Schedule):
         step: jax.Array,
         entry: BilevelHistory,
         certificate: Certificate | None,
+        cold_residual: jax.Array,
         order: int,
     ) -> _Memory:
+        assert certificate is not None  # made in every step, if only of NaN
         size = entry.stationarity
         error, allowed, known = self._judged(entry, certificate)
-        factor = (_AIM * allowed / error) ** (1 / order)
-        factor = jnp.where(known, jnp.clip(factor, 1 / _LARGEST_CHANGE, _LARGEST_CHANGE), _CAUTION)
+        # The part of x goes with the residual that there was, which may be far below the tolerance,
+        # and the part of the adjoint with that of its solve; later ones may come up to it.
+        tiny = jnp.finfo(size.dtype).eps
+        residual = jnp.maximum(entry.inner_residual / cold_residual.astype(size.dtype), tiny)
+        parts = certificate.inner / residual**order
+        parts += certificate.adjoint / jnp.maximum(entry.adjoint_residual, tiny**order)
+        parts *= 1 + certificate.contraction
+        wanted = (_AIM * allowed / parts.astype(size.dtype)) ** (1 / order)
+        change = jnp.clip(wanted / entry.rtol, 1 / _LARGEST_CHANGE, _LARGEST_CHANGE)
+        change = jnp.where(known & ~jnp.isnan(change), change, _CAUTION)
         certified = step >= state.due
         longer = jnp.minimum(2 * state.interval, self.every)
         interval = jnp.where(known & (error <= allowed), longer, 1).astype(jnp.int32)
         due = step + interval
-        judged = _Memory(entry.rtol * factor, size, jnp.ones_like(size), due, interval)
+        judged = _Memory(entry.rtol * change, size, jnp.ones_like(size), due, interval)
         ratio = (size / state.size) ** (1 / order)
         return trees.where(certified, judged, state._replace(ratio=ratio))
 
@@ -342,7 +354,7 @@ class Adaptive(Schedule):
         self, entry: BilevelHistory, certificate: Certificate | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return the error, the one allowed, and whether the certificate tells."""
-        assert certificate is not None  # made in every step, if only of NaN
+        assert certificate is not None
         size = entry.stationarity
         error = (certificate.absolute * (1 + certificate.contraction)).astype(size.dtype)
         allowed = jnp.asarray(self.fraction, size.dtype) * size

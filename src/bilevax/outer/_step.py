@@ -254,7 +254,14 @@ def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
     index = state.step % state.history.value.shape[0]
     is_first = state.step == 0
     moves = step.schedule.accepts(record, certificate)
-    memory = step.schedule.update(state.schedule, state.step, record, certificate, _order(engine))
+    memory = step.schedule.update(
+        state.schedule,
+        state.step,
+        record,
+        certificate,
+        trees.norm(engine.problem.optimality(warm.start, y)),
+        _order(engine),
+    )
     reached = Best(record.value, y, result.x, state.step)
     y, optimizer = trees.where(moves, (next_y, optimizer), (y, state.optimizer))
     kept = state._replace(
