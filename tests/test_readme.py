@@ -32,7 +32,9 @@ def python_lines(text):
     return lines
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("README.md", marks=pytest.mark.slow), "CONTRIBUTING.md"]
+)
 def test_code_of_a_document(name, tmp_path):
     lines = python_lines((ROOT / name).read_text())
     assert any(lines), "no ```python fence was found"

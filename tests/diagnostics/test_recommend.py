@@ -114,7 +114,8 @@ def closed_forms(loss, penalty, u):
     ]
 
 
-@pytest.mark.parametrize("k", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [0, 1, 2])
 @pytest.mark.parametrize(
     ("case", "file", "loss"),
     [
@@ -150,6 +151,7 @@ def test_a_correction_that_is_worse_than_none_is_seen(k):
     np.testing.assert_allclose(table.absolute_error, stored, rtol=0.1, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_pytrees_an_integer_leaf_and_a_jacobian_without_symmetry():
     F, solution = FIXED_POINT.optimality, np.asarray(estimators.solution(FIXED_POINT))
     u = solution + 0.02 * np.array([1.0, -0.5, 0.8, -1.2])
