@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullFormatter
 
-from bilevax.demo.figures import round_numbers
+from bilevax._frontend.axes import round_numbers
 
 EPSILON = 2.0**-53  # zeros are drawn at this relative error
 BAND = (25, 75)  # percent

@@ -27,7 +27,7 @@ def curvatures(rows: Rows, folds: Folds, weights: Weights) -> np.ndarray:
     extended = np.concatenate([features, np.ones((len(features), 1))], axis=1)
     found = []
     for k, share in enumerate(folds.train):
-        one = Weights(*(np.asarray(leaf[k]) for leaf in weights))
+        one = Weights(weights.coefficients[k], weights.intercepts[k])
         curvature = np.maximum(score_curvatures(one, rows), _LEAST_CURVATURE)
         found.append((extended * (share * curvature)[:, None]).T @ extended)
     return np.stack(found)
