@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
-from bilevax._estimator import Estimate, checked_point, estimate, evaluate
+from bilevax._estimator import Estimate, checked_point, estimate, evaluate, value_and_aux
 from bilevax._failure import OnFailure
 from bilevax._problems import Problem
 from bilevax._status import Status, code, is_unsolved
@@ -192,7 +192,7 @@ def certify(
     """
 
     def value(x: PyTree, y: PyTree) -> jax.Array:
-        return outer(x, y)[0] if has_aux else outer(x, y)
+        return value_and_aux(outer, x, y, has_aux)[0]
 
     linear_solver = rule.linear_solver if linear_solver is None else linear_solver
     if linear_solver is not None:

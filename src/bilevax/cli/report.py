@@ -1,12 +1,12 @@
 """report.json, and the table on the terminal."""
 
-import math
 from importlib import metadata
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import bilevax as bx
+from bilevax._frontend.json import plain
 from bilevax._frontend.words import clip
 from bilevax.cli.data import Data, Scaling
 from bilevax.cli.fitted import Fitted
@@ -122,7 +122,7 @@ def to_json(study: Study) -> dict[str, Any]:
         },
         "seconds": study.seconds,
     }
-    return _plain(content)
+    return plain(content)
 
 
 def tabulate(study: Study) -> str:
@@ -167,14 +167,3 @@ def conclude(study: Study) -> str:
 def _change(value: float, reference: float) -> str:
     percent = 100 * (value / reference - 1)
     return f"{abs(percent):.3g} % {'lower' if percent <= 0 else 'higher'}"
-
-
-def _plain(value: Any) -> Any:
-    """Turn arrays into lists; JSON has no infinities and no NaN, so these become null."""
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

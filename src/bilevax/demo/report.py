@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import bilevax as bx
+from bilevax._frontend.json import plain
 from bilevax.demo.data import Task
 from bilevax.demo.study import Study
 from bilevax.demo.tuning import START, Run
@@ -122,43 +123,32 @@ def summarise(task: Task, grid: Run, tuned: Run, study: Study | None) -> dict[st
         "best_single": {"penalty": _common(grid), **_entry(grid, grid.best)},
         "tuned": {
             "step": tuned.best,
-            "penalties": _plain(tuned.penalties[tuned.best]),
+            "penalties": plain(tuned.penalties[tuned.best]),
             **_entry(tuned, tuned.best),
         },
-        "grid": {"penalties": _plain(grid.penalties[:, 0, 0]), **_history(grid)},
+        "grid": {"penalties": plain(grid.penalties[:, 0, 0]), **_history(grid)},
         "tuning": _history(tuned),
-        "study": None if study is None else {k: _plain(v) for k, v in study._asdict().items()},
+        "study": None if study is None else {k: plain(v) for k, v in study._asdict().items()},
     }
 
 
 def _entry(run: Run, entry: int) -> dict[str, Any]:
     return {
-        "loss": {part: _plain(run.loss[part][entry]) for part in _PARTS},
-        "accuracy": {part: _plain(run.accuracy[part][entry]) for part in _PARTS},
+        "loss": {part: plain(run.loss[part][entry]) for part in _PARTS},
+        "accuracy": {part: plain(run.accuracy[part][entry]) for part in _PARTS},
     }
 
 
 def _history(run: Run) -> dict[str, Any]:
     return {
         "inner_solves": len(run.status),
-        "newton_steps": _plain(run.iterations),
+        "newton_steps": plain(run.iterations),
         "status": [bx.Status(status).name for status in run.status.tolist()],
-        "loss": {part: _plain(run.loss[part]) for part in _PARTS},
-        "accuracy": {part: _plain(run.accuracy[part]) for part in _PARTS},
+        "loss": {part: plain(run.loss[part]) for part in _PARTS},
+        "accuracy": {part: plain(run.accuracy[part]) for part in _PARTS},
         "run_seconds": run.run_seconds,
         "compile_seconds": run.compile_seconds,
     }
-
-
-def _plain(value: Any) -> Any:
-    """Turn arrays into lists; JSON has no infinities and no NaN, so these become null."""
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    return value if math.isfinite(value) else None
 
 
 def _common(grid: Run) -> float:

@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._closures import as_partial
+from bilevax._estimator import value_and_aux
 from bilevax._failure import OnFailure
 from bilevax._iterative import IterativeRule
 from bilevax._problems import Problem
@@ -76,6 +78,10 @@ class Engine:
             has_aux=self.has_aux,
             on_failure=self.on_failure,
         )
+
+    def value(self, x: PyTree, y: PyTree) -> jax.Array:
+        """Return g(x, y), without what the outer objective returns besides."""
+        return value_and_aux(self.outer, x, y, self.has_aux)[0]
 
 
 def value_and_hypergradient(

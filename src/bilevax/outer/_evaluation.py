@@ -58,7 +58,7 @@ def idle_unless(running: jax.Array, effort: Effort) -> Effort:
 
 
 def with_effort(engine: Engine, effort: Effort) -> Engine:
-    """Return an engine that makes the effort, and no certificate."""
+    """Return an engine that solves with the effort."""
     if effort.steps is not None:
         solver = dataclasses.replace(engine.solver, rtol=0.0, atol=0.0, maxiter=effort.steps)  # type: ignore[type-var]
         rule: Any = engine.rule
@@ -104,5 +104,4 @@ def value(engine: Engine, y: PyTree, warm: WarmStart) -> jax.Array:
         atol = jax.lax.stop_gradient(largest)
         solver = dataclasses.replace(solver, atol=atol)  # type: ignore[type-var]
     x = solution_map(engine.problem, solver, engine.rule)(warm.x, y)
-    output = engine.outer(x, y)
-    return output[0] if engine.has_aux else output
+    return engine.value(x, y)

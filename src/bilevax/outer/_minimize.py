@@ -288,13 +288,8 @@ def _identity(step: OuterStep, state: BilevelState, batched: bool) -> Identity:
     @jax.jit
     def numbers(state: BilevelState) -> dict[str, jax.Array]:
         engine = step.engine_for(state.key)
-
-        def value(x: PyTree, y: PyTree) -> jax.Array:
-            output = engine.outer(x, y)
-            return output[0] if engine.has_aux else output
-
         x, y = state.warm.start, state.y
-        value_at_start, slope = jax.value_and_grad(value)(x, y)
+        value_at_start, slope = jax.value_and_grad(engine.value)(x, y)
         return {
             "the outer objective": value_at_start,
             "the norm of its gradient": trees.norm(slope),

@@ -140,7 +140,6 @@ def _product(engine: Engine, y: PyTree, direction: PyTree, warm: WarmStart) -> P
     solve = solution_map(engine.problem, engine.solver, engine.rule)
 
     def value(y: PyTree) -> jax.Array:
-        output = engine.outer(solve(warm.x, y), y)
-        return output[0] if engine.has_aux else output
+        return engine.value(solve(warm.x, y), y)
 
     return jax.jvp(jax.grad(value), (y,), (direction,))[1]

@@ -144,11 +144,8 @@ def entry(
     result: Hypergradient, gradient_norm: jax.Array, stationarity: jax.Array, rtol: Any
 ) -> BilevelHistory:
     """Return what a history says of one step."""
-    inner, adjoint, certificate = (
-        result.report.inner,
-        result.report.adjoint,
-        result.report.certificate,
-    )
+    report = result.report
+    inner, adjoint, certificate = report.inner, report.adjoint, report.certificate
     dtype = result.value.dtype
     nothing, none = jnp.full((), jnp.nan, dtype), jnp.zeros((), jnp.int32)
     solves = [solve for solve in (adjoint, inner.correction) if solve is not None]

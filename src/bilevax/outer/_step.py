@@ -183,7 +183,7 @@ def _init(
     infinity, none = jnp.full((), jnp.inf, dtype), jnp.zeros((), jnp.int32)
     return BilevelState(
         y=y,
-        optimizer=_as_arrays(step.start(y)),
+        optimizer=trees.as_arrays(step.start(y)),
         warm=warm,
         step=none,
         schedule=step.schedule.init(dtype),
@@ -243,7 +243,7 @@ def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
     next_y = optax.apply_updates(y, updates)
     if step.projection is not None:
         next_y = step.projection(next_y)
-    next_y, optimizer = _as_arrays(next_y), _as_arrays(optimizer)
+    next_y, optimizer = trees.as_arrays(next_y), trees.as_arrays(optimizer)
     checks.same_structure("optimizer", optimizer, state.optimizer, expected="its state")
 
     numbers = [record.value, *jax.tree.leaves((result.gradient, next_y))]
@@ -283,16 +283,6 @@ def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
 
 def _order(engine: Engine) -> int:
     return 1 if isinstance(engine.rule, IterativeRule) else engine.rule.order
-
-
-def _as_arrays(tree: PyTree) -> PyTree:
-    """Turn numbers into arrays; PRNG keys stay as they are."""
-
-    def convert(leaf: Any) -> jax.Array:
-        is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return leaf if is_key else jnp.asarray(leaf, jnp.result_type(leaf))
-
-    return jax.tree.map(convert, tree)
 
 
 def checked_key(key: Any) -> jax.Array:
