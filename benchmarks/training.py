@@ -40,7 +40,7 @@ import outcome
 import training_figures as figures
 import training_problems
 from tqdm import tqdm
-from training_contenders import ADAPTIVE, COLD, Contender, contenders
+from training_contenders import ADAPTIVE, ADAPTIVE_NEWTON, COLD, Contender, contenders
 
 OUTPUT = Path(__file__).parent / "output" / "training"
 TARGET = 1e-4  # of h(y0) - h*
@@ -142,6 +142,7 @@ def finalists(runs: list[Run]) -> dict[str, Run]:
     best: dict[str, Run] = {}
     for run in sorted(runs, key=lambda run: run.seconds):
         library, name = run.contender.library, run.contender.name
+        name = ADAPTIVE if name == ADAPTIVE_NEWTON else name
         key = name if library == "bilevax" else library
         if run.steps is not None and (library != "bilevax" or name in (COLD, ADAPTIVE)):
             best.setdefault(key, run)

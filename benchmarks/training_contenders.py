@@ -23,6 +23,7 @@ RTOL = 1e-8  # the tight tolerance
 MAXITER = 20_000
 HISTORY = 400  # steps that are remembered, more than are taken
 ADAPTIVE = "warm x and v, Adaptive"
+ADAPTIVE_NEWTON = ADAPTIVE + ", Newton"  # with the inner solver of that name
 COLD = "cold, tight"
 
 
@@ -103,6 +104,12 @@ def ours(problem: Training) -> Iterator[Contender]:
         for name, schedule in SCHEDULES.items():
             step = bx.make_step(engine, optimizer, schedule=schedule)
             yield _of_step(problem, name, kind, step)
+        # How many products are in its inner solves is not known.
+        newton = bx.value_and_hypergradient(
+            problem.outer, bx.minimum(problem.objective), bx.Newton(), rule
+        )
+        step = bx.make_step(newton, optimizer, schedule=bx.Adaptive())
+        yield _of_step(problem, ADAPTIVE_NEWTON, kind, step)._replace(tally=None)
         if kind == "implicit":
             step = bx.hoag(engine)
             yield _of_step(problem, "HOAG, with its own steps", kind, step)

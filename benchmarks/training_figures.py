@@ -22,7 +22,7 @@ def table(case: dict[str, Any]) -> Iterator[str]:
     first, least = case["h"]
     yield f"\n{case['about']}: h from {first:.4f} to {least:.4f}"
     yield (
-        f"  {'':12}{'':30}{'rule':10}{'steps':>6}{'gradients':>11}{'products':>10}"
+        f"  {'':12}{'':34}{'rule':10}{'steps':>6}{'gradients':>11}{'products':>10}"
         f"{'time, s':>9}{'compile, s':>12}"
     )
     for entry in case["contenders"]:
@@ -42,7 +42,7 @@ def _row(entry: dict[str, Any]) -> str:
     steps = cell("steps", 6) if entry["steps"] else f"{'-':>6}"
     remark = "" if entry["steps"] else f"  ends at {entry['gap']:.1e}"
     return (
-        f"  {entry['library']:12}{entry['name']:30}{entry['rule']:10}{steps}"
+        f"  {entry['library']:12}{entry['name']:34}{entry['rule']:10}{steps}"
         f"{cell('gradients', 11)}{cell('products', 10)}{entry['seconds']:9.2f}"
         f"{entry['compile_seconds']:12.1f}{remark}"
     )
@@ -54,7 +54,7 @@ def draw(cases: list[dict[str, Any]], target: float, path: Path) -> None:
     panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
     for axes, case in zip(panels, cases, strict=True):
         for entry in case["contenders"]:
-            if entry["library"] != "bilevax":
+            if entry["gradients"] is None:
                 continue
             points = [p for p in entry["path"] if p["gap"] > 0]
             is_newton = entry["rule"] == "Newton"

@@ -62,8 +62,9 @@ def begin(
     initial_norm = first.residual
     rtol = jnp.asarray(stopping_rtol(solver, x0), initial_norm.dtype)
     atol = smallest_target(solver, problem, x0, y, initial_norm)
-    scale = jnp.where(jnp.isfinite(scale), scale, 0)
-    target = jnp.maximum(rtol * jnp.maximum(initial_norm, scale), atol)
+    scale = jnp.maximum(initial_norm, jnp.where(jnp.isfinite(scale), scale, 0))
+    target = jnp.maximum(rtol * scale, atol)
+    first = solver.toward(first, scale, target)
     judge, step = _stepper(
         solver,
         problem,

@@ -60,7 +60,7 @@ def is_failure(status: jax.Array) -> jax.Array:
     return jnp.asarray(status) >= Status.DIVERGED
 
 
-def is_unsolved(status: jax.Array) -> jax.Array:
+def is_unsolved(status: Any) -> jax.Array:
     """Tell whether a solve ended neither by its tolerance nor by the step count asked for."""
     return jnp.asarray(status) >= Status.MAXITER
 

@@ -230,7 +230,10 @@ def test_products_with_the_hessian_need_a_forward_rule():
 def test_what_scipy_cannot_use_is_an_error():
     objective = bx.scipy_objective(engine(solver=bx.GradientDescent(9.0)), Y, X0)
     assert_fails(
-        bx.SolveError, f"a solve ended DIVERGED: {bx.Status.DIVERGED.remedy}", objective, Y
+        bx.SolveError,
+        f"the inner solve ended DIVERGED in evaluation 1: {bx.Status.DIVERGED.remedy}",
+        objective,
+        Y,
     )
     nothing = engine(outer=lambda x, y: jnp.log(jnp.sum(x) - 9.0) * 0 + jnp.sum(x))
     objective = bx.scipy_objective(nothing, Y, X0)

@@ -82,7 +82,7 @@ def test_runs_that_fail_change_no_other():
     assert codes == ["STEPS", "FAILED", "FAILED", "FAILED", "STEPS"] and 1 < count < 20
     assert result.message == (
         "2 of 5 runs: stopped after 20 steps, as asked for; the gradient had not met the "
-        "tolerance; 1 of 5 runs: a solve ended DIVERGED after 1 steps, y is that before it; "
+        "tolerance; 1 of 5 runs: a solve ended DIVERGED after 1 step, y is that before it; "
         f"{bx.Status.DIVERGED.remedy}; "
         "2 of 5 runs: a value, gradient or update was not finite after 1 to "
         f"{count} steps, y is that before it; {bx.Status.NONFINITE.remedy}"

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +17,32 @@ RULES = {
     "conjugate gradients": bx.Implicit(bx.CG()),
     "gradient step": bx.Preconditioned(bx.Implicit(bx.Dense()), bx.GradientStep(LARGEST / 2)),
 }
+
+
+def test_the_adjoint_solve_may_have_a_tolerance_of_its_own():
+    """One that follows is set aside, one that the user gave is kept."""
+    rng = np.random.default_rng(3)
+    roots = rng.normal(size=(60, 40))
+    matrix, weights = roots.T @ roots, rng.normal(size=40)
+    problem = bx.minimum(lambda x, y: 0.5 * x @ (matrix @ x) + 0.5 * jnp.exp(y) @ x**2 - x.sum())
+    y, warm = np.zeros(40), bx.cold_start(np.zeros(40))
+
+    def residual(adjoint_rtol, rule):
+        solver = bx.Newton(rtol=1e-8)
+        engine = bx.value_and_hypergradient(lambda x, y: weights @ x, problem, solver, rule)
+        result = dataclasses.replace(engine, adjoint_rtol=adjoint_rtol)(y, warm)
+        v = np.linalg.solve(matrix + np.eye(40), weights)
+        error = np.linalg.norm((matrix + np.eye(40)) @ (result.warm.adjoint - v))
+        np.testing.assert_allclose(
+            result.report.adjoint.residual, error / np.linalg.norm(weights), rtol=1e-3, atol=1e-14
+        )
+        return float(result.report.adjoint.residual)
+
+    for rule in (bx.Implicit(), bx.Preconditioned(bx.Implicit(), bx.NewtonStep())):
+        assert residual(None, rule) <= 1e-8
+        assert 1e-3 < residual(1e-1, rule) <= 1e-1
+        assert residual(1e-12, rule) <= 1e-12
+    assert residual(1e-1, bx.Implicit(bx.CG(rtol=1e-6))) <= 1e-6
 
 
 @pytest.mark.parametrize("name", RULES)

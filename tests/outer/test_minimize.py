@@ -9,11 +9,13 @@ import bilevax as bx
 from bilevax.outer import Checkpointer, OpenCheckpoints
 from tests.outer.example import (
     ENGINE,
+    LARGEST,
     SGD,
     STEP,
     X0,
     Y,
     assert_equal,
+    inner,
     make_engine,
     minimiser,
     outer,
@@ -55,6 +57,26 @@ def test_a_run_ends_where_the_gradient_meets_the_absolute_tolerance():
     result = run(rtol=0.0, atol=0.03, steps=100)
     assert result.outcome == bx.Outcome.CONVERGED
     assert result.steps == int(np.argmax(norms <= 0.03)) + 1
+
+
+@pytest.mark.parametrize(
+    ("solver", "rule"),
+    [
+        (bx.GradientDescent(LARGEST / 20, rtol=1e-9, maxiter=2), bx.Implicit()),
+        (bx.Newton(), bx.Implicit(bx.CG(maxiter=1))),
+    ],
+    ids=["inner", "adjoint"],
+)
+def test_a_gradient_of_solves_that_ended_early_meets_no_tolerance(solver, rule):
+    step = bx.make_step(make_engine(solver, rule), SGD, warm_x=False, warm_adjoint=False)
+    result = run(step, rtol=0.5, steps=100)
+    assert np.any(result.history.stationarity <= 0.5 * result.history.stationarity[0])
+    np.testing.assert_array_equal(result.history.status, bx.Status.MAXITER)
+    assert result.outcome is bx.Outcome.STEPS
+    assert result.message == (
+        "stopped after 100 steps, as asked for; the gradient had not met the tolerance, and in the "
+        "last step a solve ended MAXITER: raise `maxiter`, loosen `rtol`, or choose a faster solver"
+    )
 
 
 @pytest.mark.parametrize("shift", [0.0, -0.5])
@@ -184,6 +206,28 @@ def test_a_run_that_is_resumed_ends_with_the_bits_of_one_that_was_not():
     again = run(steps=20, rtol=0.0, checkpoint=memory)
     assert again.steps == 20 and len(memory.saved) == 7 and memory.closed == 3
     np.testing.assert_allclose(memory.identity.start["the outer objective"], [outer(X0, Y)])
+
+
+def test_an_identity_tells_problems_apart_by_more_than_norms():
+    """The same data with other signs, and another start."""
+
+    def start(function=outer, problem=None, y=Y):
+        memory = Memory(1000)
+        step = bx.make_step(make_engine(problem=problem, function=function), SGD)
+        run(step, y, steps=1, checkpoint=memory)
+        return {name: numbers[0] for name, numbers in memory.identity.start.items()}
+
+    usual = start()
+    assert start() == usual
+    optimality, slope, value, point = sorted(usual)  # F, its gradient, the outer objective, y
+    cases = {
+        slope: start(lambda x, y: outer(-x, y)),
+        optimality: start(problem=bx.minimum(lambda x, y: inner(-x, y))),
+        point: start(y=Y[::-1]),
+    }
+    for name, other in cases.items():
+        assert {key for key in usual if abs(other[key] - usual[key]) > 1e-3} == {name}
+    assert usual[value] == pytest.approx(outer(X0, Y))
 
 
 def test_a_run_that_had_converged_goes_on_with_a_smaller_tolerance():

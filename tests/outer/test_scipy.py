@@ -112,9 +112,29 @@ def test_after_a_solve_that_failed_the_next_one_is_good():
     """Far out, descent diverges: the error says so, and the warm start is none that is ruined."""
     objective = bx.scipy_objective(FORWARD, Y, X0)
     objective(Y)
-    with pytest.raises(bx.SolveError, match="a solve ended DIVERGED: lower the learning rate"):
+    with pytest.raises(
+        bx.SolveError, match="the inner solve ended DIVERGED in evaluation 2: lower"
+    ):
         objective(Y + 9.0)
     value, gradient = objective(Y)
     np.testing.assert_allclose(value, truth(Y)[2], rtol=1e-11)
     np.testing.assert_allclose(gradient, truth(Y)[3], atol=1e-10)
     assert LARGEST / 2 * (np.exp(Y + 9.0).max() + np.linalg.norm(A, 2) ** 2) > 2
+
+
+@pytest.mark.parametrize(
+    ("solver", "rule", "message"),
+    [
+        (
+            bx.GradientDescent(LARGEST / 2, maxiter=5),
+            bx.Implicit(),
+            "the inner solve ended MAXITER",
+        ),
+        (bx.Newton(), bx.Implicit(bx.CG(maxiter=1)), "the adjoint ended MAXITER"),
+    ],
+)
+def test_a_solve_short_of_its_tolerance_is_an_error(solver, rule, message):
+    """Line searches would compare values of whatever there is."""
+    objective = bx.scipy_objective(make_engine(solver, rule), Y, X0)
+    with pytest.raises(bx.SolveError, match=f"{message} in evaluation 1: raise `maxiter`"):
+        objective(Y)

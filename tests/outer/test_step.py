@@ -119,7 +119,7 @@ def test_numbers_of_a_schedule_may_have_another_precision_than_the_value():
     step = bx.make_step(make_engine(DESCENT), SGD, schedule=schedule)
     y, x0 = jnp.asarray(Y, jnp.float32), jnp.asarray(X0, jnp.float32)
     state = scanned(step, step.init(y, x0), 2)
-    assert state.schedule.rtol.dtype == jnp.float32
+    assert state.schedule.now.x.dtype == jnp.float32
     np.testing.assert_allclose(state.history.rtol[0][0], 0.05, rtol=1e-6)
 
 

@@ -13,6 +13,7 @@ from bilevax import Status
 from tests.solvers.problems import (
     AFFINE,
     MATRIX,
+    QUADRATIC,
     ROSENBROCK,
     SIZE,
     SOLUTION,
@@ -65,6 +66,21 @@ def test_the_inexact_method_converges_superlinearly():
         if error < 0.5:
             assert following <= max(5 * error**1.5, 1e-14)
     assert errors[-1] < 1e-12
+
+
+def test_the_inexact_method_does_not_solve_for_more_than_the_tolerance():
+    """Of a quadratic, one step from a warm start meets a loose tolerance, and barely."""
+    cold = np.linalg.norm(MATRIX @ (np.zeros(SIZE) - SOLUTION))
+    near = SOLUTION + 0.01 * np.random.default_rng(0).normal(size=SIZE)
+    for part in (0.9, 0.3, 0.1):
+        rtol = part * np.linalg.norm(MATRIX @ (near - SOLUTION)) / cold
+        engine = bx.value_and_hypergradient(
+            lambda x, y: jnp.sum(x), QUADRATIC, bx.Newton(rtol=rtol, atol=0.0)
+        )
+        start = bx.WarmStart(near, np.zeros(SIZE), np.zeros(SIZE))
+        report = engine((MATRIX, B), start).report.inner
+        assert (report.status, report.iterations) == (Status.CONVERGED, 1)
+        assert report.residual <= rtol * cold
 
 
 @pytest.mark.parametrize("linear_solver", [None, bx.Dense()], ids=["inexact", "dense"])

@@ -185,6 +185,7 @@ def solve_accurately(
     checks.single_numbers(accuracy)
     first = solver.init(problem, start.x, y)
     initial_norm = first.residual
+    scale = jnp.maximum(initial_norm, jnp.where(jnp.isfinite(scale), scale, 0))
     tightest = default_rtol(start.x)
 
     def inspect(x: PyTree, plan: _Plan, near: Reference) -> Any:
@@ -210,7 +211,7 @@ def solve_accurately(
             solver,
             problem,
             y,
-            (state.iterate, state.iterations),
+            (solver.toward(state.iterate, scale, plan.target), state.iterations),
             reached,
             initial_norm,
             code(Status.MAXITER),
@@ -265,7 +266,6 @@ def solve_accurately(
     # Half the digits at first: what is learnt there about the error saves steps later.
     none = jnp.zeros((), jnp.int32)
     aim = jnp.asarray(accuracy.first_error, initial_norm.dtype)
-    scale = jnp.maximum(initial_norm, jnp.where(jnp.isfinite(scale), scale, 0))
     plan = _Plan(aim ** (1 / rule.order) * scale, none, aim, jnp.full_like(aim, _LINEAR_SHARE))
     # The start is no reference: NaN is nearer to nothing.
     start = start._replace(x=jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), start.x))

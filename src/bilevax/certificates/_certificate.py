@@ -11,7 +11,6 @@ from jax.tree_util import Partial
 from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._estimator import Estimate, checked_point, estimate, evaluate, value_and_aux
-from bilevax._failure import OnFailure
 from bilevax._problems import Problem
 from bilevax._status import Status, code, is_unsolved
 from bilevax.linear import CG, LinearSolver, default_rtol, linear_solve
@@ -22,6 +21,8 @@ PyTree = Any
 # A reference point is good enough when ||F|| there is this much smaller than at x.
 _CONTRACTION = 0.05
 _MAX_NEWTON_STEPS = 3
+# Tolerance of the solves for these steps where a factor of the error is enough to know.
+_NEWTON_RTOL = 0.02
 # Tolerance of the certificate's solves over that of the rule's: it must see what they leave.
 CERTIFICATE_SHARE = 0.1
 # Above this contraction, Newton's method is not where it converges fast.
@@ -155,11 +156,19 @@ def _hypergradient_error(
     return certify(outer, problem, rule, found, y, linear_solver, Settings(), found.x)[0]
 
 
-def certificate_settings(rtol: Any, x: PyTree) -> Settings:
-    """Return the settings of a certificate of an estimate with linear solves to `rtol`."""
-    if rtol is not None:
-        rtol = jnp.maximum(CERTIFICATE_SHARE * jnp.asarray(rtol), default_rtol(x))
-    return Settings(rtol, OnFailure.RETURN)
+def certificate_settings(rtol: Any, x: PyTree, adjoint_rtol: Any = None) -> Settings:
+    """Return the settings of a certificate of an estimate with linear solves to `rtol`.
+
+    Where adjoint solves have another tolerance, it is one that certificates are to find, and more
+    than a factor is not asked of them: Newton steps need leave no less than they may.
+    """
+
+    def tightened(rtol: Any) -> Any:
+        return jnp.maximum(CERTIFICATE_SHARE * jnp.asarray(rtol), default_rtol(x))
+
+    if adjoint_rtol is not None:
+        return Settings(_NEWTON_RTOL, adjoint_rtol=tightened(adjoint_rtol))
+    return Settings(None if rtol is None else tightened(rtol))
 
 
 def certify(
@@ -183,7 +192,7 @@ def certify(
       found: the estimate.
       y: the outer variable.
       linear_solver: see `hypergradient_error`.
-      settings: the tolerance of the solves.
+      settings: the tolerance of the Newton steps, and of the adjoint solves.
       near: where Newton's method starts: the point of the estimate, or an earlier reference.
       has_aux: whether `outer` returns a pair.
 

@@ -38,6 +38,7 @@ class Engine:
     rule: Rule | IterativeRule
     accuracy: Accuracy | None
     certified: Any  # whether to make a certificate, which may be traced; None for never
+    adjoint_rtol: Any  # of adjoint solves without a tolerance of their own; None follows `solver`
     has_aux: bool = dataclasses.field(metadata={"static": True})
     on_failure: OnFailure = dataclasses.field(metadata={"static": True})
 
@@ -73,6 +74,7 @@ class Engine:
             self.rule,
             self.accuracy,
             self.certified,
+            self.adjoint_rtol,
             y,
             warm,
             has_aux=self.has_aux,
@@ -118,7 +120,7 @@ def value_and_hypergradient(
         `maxiter` and `atol` still bound it. Linear solves without a tolerance of their own follow
         the accuracy.
       certified: whether the report has a certificate of the hypergradient at the tolerance of the
-        solver; its linear solves are made to a tenth of that. With `accuracy`, it has one anyway.
+        solver; its adjoint solves are made to a tenth of that. With `accuracy`, it has one anyway.
       has_aux: whether `outer` returns a pair.
       on_failure: by default results are returned as they are and the report tells; see
         `solution_map`.
@@ -154,7 +156,15 @@ def value_and_hypergradient(
     if isinstance(rule, IterativeRule):
         rule.bind(solver)  # which raises if they do not fit
     return Engine(
-        outer, problem, solver, rule, accuracy, True if certified else None, has_aux, on_failure
+        outer,
+        problem,
+        solver,
+        rule,
+        accuracy,
+        certified=True if certified else None,
+        adjoint_rtol=None,
+        has_aux=has_aux,
+        on_failure=on_failure,
     )
 
 

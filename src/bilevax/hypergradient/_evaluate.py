@@ -40,6 +40,7 @@ def evaluate(
     rule: Rule,
     accuracy: Accuracy | None,
     certified: Any,
+    adjoint_rtol: Any,
     y: PyTree,
     warm: WarmStart,
     has_aux: bool,
@@ -51,12 +52,12 @@ def evaluate(
     scale = _scale(problem, warm, y)
     if accuracy is None:
         x, inner = loop.run(solver, problem, warm.x, y, scale)
-        settings = Settings.following(solver.rtol, x, on_failure)
+        settings = Settings.following(solver.rtol, x, on_failure, adjoint_rtol)
         found = estimate(outer, problem, rule, x, y, settings, guess=warm.adjoint, has_aux=has_aux)
         inner = inner._replace(correction=found.correction)
         certificate = None
         if certified is not None:
-            tighter = certificate_settings(settings.rtol, x)
+            tighter = certificate_settings(settings.rtol, x, adjoint_rtol)
             certificate = _certificate_if(
                 certified,
                 lambda: certify(

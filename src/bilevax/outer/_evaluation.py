@@ -49,9 +49,10 @@ def resolved(
 
 def idle_unless(running: jax.Array, effort: Effort) -> Effort:
     """Return the effort, or one that takes no steps and makes no certificate."""
-    rtol, steps, certified = effort
+    rtol, adjoint_rtol, steps, certified = effort
     return Effort(
         None if rtol is None else jnp.where(running, rtol, 1),
+        None if adjoint_rtol is None else jnp.where(running, adjoint_rtol, 1),
         None if steps is None else jnp.where(running, steps, 0),
         None if certified is None else certified & running,
     )
@@ -60,15 +61,15 @@ def idle_unless(running: jax.Array, effort: Effort) -> Effort:
 def with_effort(engine: Engine, effort: Effort) -> Engine:
     """Return an engine that solves with the effort."""
     if effort.steps is not None:
-        solver = dataclasses.replace(engine.solver, rtol=0.0, atol=0.0, maxiter=effort.steps)  # type: ignore[type-var]
         rule: Any = engine.rule
+        solver = dataclasses.replace(engine.solver, rtol=0.0, atol=0.0, maxiter=effort.steps)  # type: ignore[type-var]
         linear_solver = resolve_linear_solver(rule.linear_solver, engine.problem, Settings())
         rule = rule.with_linear_solver(linear_solver.with_steps(effort.steps))
         return dataclasses.replace(engine, solver=solver, rule=rule)
     if effort.rtol is None:
         return engine
     solver = dataclasses.replace(engine.solver, rtol=effort.rtol)  # type: ignore[type-var]
-    return dataclasses.replace(engine, solver=solver)
+    return dataclasses.replace(engine, solver=solver, adjoint_rtol=effort.adjoint_rtol)
 
 
 def evaluate(

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax.tree
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
+from bilevax._status import is_unsolved
 from bilevax.outer._checkpointing import Checkpointer, Identity, OpenCheckpoints
 from bilevax.outer._interrupts import Interrupts
 from bilevax.outer._progress import ProgressBar
@@ -55,6 +57,9 @@ def minimize(
     """Minimise h(y) = g(x*(y), y): take outer steps until the projected gradient vanishes.
 
         stop where ||y - P(y - Omega)|| <= max(rtol * its first value, atol)
+
+    A step whose inner or adjoint solve has not met its own tolerance does not count: what is small
+    there may be the error.
 
     Steps run in compiled chunks of about half a second. Between them the host shows progress on a
     terminal (with the extra `progress`), calls back, saves, and looks for signals: after SIGINT or
@@ -256,6 +261,7 @@ def _judge(criteria: _Criteria, state: BilevelState) -> BilevelState:
     """Return the state with the outcome that the last step brought."""
     index = (state.step - 1) % state.history.value.shape[0]
     value, stationarity = state.history.value[index], state.history.stationarity[index]
+    solved = ~is_unsolved(state.history.status[index])
     tolerance = jnp.maximum(criteria.rtol * state.first_stationarity, criteria.atol)
     milestone = state.milestone
     # Not the other way round: the first milestone is infinite.
@@ -265,7 +271,8 @@ def _judge(criteria: _Criteria, state: BilevelState) -> BilevelState:
     milestone = trees.where(improved, Milestone(value, state.step - 1), milestone)
     stuck = state.step - 1 - milestone.step >= criteria.patience
     outcome = jnp.where(is_good & stuck, Outcome.PLATEAU, Outcome.RUNNING)
-    outcome = jnp.where(is_good & (stationarity <= tolerance), Outcome.CONVERGED, outcome)
+    converged = is_good & solved & (stationarity <= tolerance)
+    outcome = jnp.where(converged, Outcome.CONVERGED, outcome)
     outcome = jnp.where(state.outcome == Outcome.FAILED, Outcome.FAILED, outcome)
     return state._replace(milestone=milestone, outcome=outcome.astype(jnp.int32))
 
@@ -290,10 +297,16 @@ def _identity(step: OuterStep, state: BilevelState, batched: bool) -> Identity:
         engine = step.engine_for(state.key)
         x, y = state.warm.start, state.y
         value_at_start, slope = jax.value_and_grad(engine.value)(x, y)
+
+        # Along a random direction, for a norm does not see signs.
+        def along(tree: PyTree) -> jax.Array:
+            return trees.inner(optax.tree.random_like(jax.random.key(0), tree), tree)
+
         return {
             "the outer objective": value_at_start,
-            "the norm of its gradient": trees.norm(slope),
-            "the norm of F": trees.norm(engine.problem.optimality(x, y)),
+            "its gradient, along a random direction,": along(slope),
+            "F, along a random direction,": along(engine.problem.optimality(x, y)),
+            "y, along a random direction,": along(y),
         }
 
     found = (jax.vmap(numbers) if batched else numbers)(state)

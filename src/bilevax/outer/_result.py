@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bilevax._status import Status
+from bilevax._status import Status, is_unsolved
 from bilevax.outer._state import BilevelHistory, BilevelState, Outcome
 
 PyTree = Any
@@ -73,7 +73,7 @@ def make_result(
         history, best_run, outcome = _ordered_runs(ring, steps), _best(state), codes
         alike: dict[tuple[int, int], list[int]] = {}
         for run, code in enumerate(codes):
-            status = statuses[run] if code == Outcome.FAILED else 0
+            status = statuses[run] if is_unsolved(statuses[run]) else 0
             alike.setdefault((int(code), int(status)), []).append(run)
         message = "; ".join(
             f"{len(runs)} of {len(codes)} runs: {_message(Outcome(code), status, steps[runs])}"
@@ -119,20 +119,22 @@ def _row(history: BilevelHistory, run: int) -> BilevelHistory:
 def _message(outcome: Outcome, status: int, steps: np.ndarray) -> str:
     """Say how runs ended that took so many steps, the last of them with this status."""
     least, most = np.min(steps), np.max(steps)
-    after = f"after {most} steps" if least == most else f"after {least} to {most} steps"
+    count = f"{most} step" if most == 1 else f"{most} steps"
+    after = f"after {count}" if least == most else f"after {least} to {count}"
+    unsolved = f"a solve ended {Status(status).name}"
     match outcome:
         case Outcome.CONVERGED:
             return f"the norm of the projected gradient met the tolerance {after}"
-        case Outcome.PLATEAU:
-            return f"the value no longer improved {after}"
-        case Outcome.INTERRUPTED:
-            return f"interrupted by a signal {after}"
         case Outcome.FAILED:
-            what = (
-                "a value, gradient or update was not finite"
-                if status == Status.NONFINITE
-                else f"a solve ended {Status(status).name}"
-            )
+            nonfinite = "a value, gradient or update was not finite"
+            what = nonfinite if status == Status.NONFINITE else unsolved
             return f"{what} {after}, y is that before it; {Status(status).remedy}"
+        case Outcome.PLATEAU:
+            end = f"the value no longer improved {after}"
+        case Outcome.INTERRUPTED:
+            end = f"interrupted by a signal {after}"
         case _:
-            return f"stopped {after}, as asked for; the gradient had not met the tolerance"
+            end = f"stopped {after}, as asked for; the gradient had not met the tolerance"
+    if is_unsolved(status):
+        return f"{end}, and in the last step {unsolved}: {Status(status).remedy}"
+    return end

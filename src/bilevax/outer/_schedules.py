@@ -34,11 +34,14 @@ class Effort(NamedTuple):
 
     Attributes:
       rtol: the relative tolerance of the inner solver; None leaves the solver as it is.
+      adjoint_rtol: that of a linear solver of the adjoint system that has none of its own; None
+        follows `rtol`.
       steps: exactly so many inner and adjoint steps in its place; None for a tolerance.
       certified: whether the hypergradient gets a certificate; None for never.
     """
 
     rtol: Any = None
+    adjoint_rtol: Any = None
     steps: Any = None
     certified: Any = None
 
@@ -249,12 +252,17 @@ class Logarithmic(Schedule):
         return Effort(steps=jnp.ceil(self.kappa * jnp.log(number)).astype(jnp.int32))
 
 
+class _Tolerances(NamedTuple):
+    x: jax.Array
+    adjoint: jax.Array
+
+
 class _Memory(NamedTuple):
-    rtol: jax.Array  # the tolerance that the last certificate asks for, where
+    judged: _Tolerances  # what the last certificate asks for, where
     size: jax.Array  # the gradient has this norm
-    ratio: jax.Array  # what the change of the norm since then makes of it
+    now: _Tolerances  # what the change of the norm since then makes of that
     due: jax.Array  # the number of the step that is certified next
-    interval: jax.Array  # how many steps the last certificate is good for
+    interval: jax.Array  # how many steps a good certificate is good for
 
 
 @trees.register
@@ -267,13 +275,18 @@ class Adaptive(Schedule):
     Without a projection P, the right-hand side is fraction * || Omega ||.
 
     The first hypergradient gets a certificate, and further ones follow after 2, 4, 8, ... steps, up
-    to `every`. The error is proportional to rtol^order (`Rule.order`), so a certificate tells the
-    tolerance that the fraction asks for; in between, the tolerance follows the right-hand side.
+    to `every`. The part of the error that x causes is proportional to rtol^order (`Rule.order`),
+    and that of the adjoint to the tolerance of its solve. So a certificate tells the two tolerances
+    at which the parts are equal and the fraction is kept; in between, both follow the right-hand
+    side. A linear solver with a tolerance of its own keeps it.
+
     Where a certificate finds more error than allowed, y stays, unless this precision allows no
-    tighter tolerance; the next step gets one again, and the count begins anew.
+    tighter tolerance. The next step gets a certificate again, and so does one after half as many
+    steps as lay between the last two.
 
     Args:
-      fraction: between 0 and 1, without unit.
+      fraction: between 0 and 1, without unit. An error of 0.3 turns the gradient by 18 degrees at
+        most.
       every: how many steps share a certificate at most; one costs about as much as a hypergradient.
       first: the tolerance of the first step.
 
@@ -287,7 +300,7 @@ class Adaptive(Schedule):
       Adaptive(fraction=0.1, every=20, first=0.1)
     """
 
-    fraction: Any = 0.2
+    fraction: Any = 0.3
     every: Any = 20
     first: Any = 0.1
 
@@ -304,15 +317,13 @@ class Adaptive(Schedule):
         require_certificates("Adaptive", engine.problem, engine.rule)
 
     def init(self, dtype: Any) -> _Memory:
-        one = jnp.ones((), dtype)
-        none = jnp.zeros((), jnp.int32)
-        return _Memory(jnp.asarray(self.first, dtype), one, one, none, none + 1)
+        first, none = jnp.asarray(self.first, dtype), jnp.zeros((), jnp.int32)
+        both = _Tolerances(first, first)
+        return _Memory(both, jnp.ones((), dtype), both, none, none + 1)
 
     def effort(self, state: _Memory, step: jax.Array, x: PyTree) -> Effort:
-        # The gradient moves before its tolerance does, so it may not loosen it by much.
-        rtol = state.rtol * jnp.minimum(state.ratio, 2)
-        rtol = jnp.clip(rtol, default_rtol(x), _LOOSEST)
-        return Effort(rtol, certified=step >= state.due)
+        rtol, adjoint_rtol = (jnp.clip(each, default_rtol(x), _LOOSEST) for each in state.now)
+        return Effort(rtol, adjoint_rtol, certified=step >= state.due)
 
     def accepts(self, entry: BilevelHistory, certificate: Certificate | None) -> jax.Array:
         error, allowed, known = self._judged(entry, certificate)
@@ -330,25 +341,36 @@ class Adaptive(Schedule):
         order: int,
     ) -> _Memory:
         assert certificate is not None  # made in every step, if only of NaN
-        size = entry.stationarity
+        size, dtype = entry.stationarity, entry.stationarity.dtype
         error, allowed, known = self._judged(entry, certificate)
-        # The part of x goes with the residual that there was, which may be far below the tolerance,
-        # and the part of the adjoint with that of its solve; later ones may come up to it.
-        tiny = jnp.finfo(size.dtype).eps
-        residual = jnp.maximum(entry.inner_residual / cold_residual.astype(size.dtype), tiny)
-        parts = certificate.inner / residual**order
-        parts += certificate.adjoint / jnp.maximum(entry.adjoint_residual, tiny**order)
-        parts *= 1 + certificate.contraction
-        wanted = (_AIM * allowed / parts.astype(size.dtype)) ** (1 / order)
-        change = jnp.clip(wanted / entry.rtol, 1 / _LARGEST_CHANGE, _LARGEST_CHANGE)
-        change = jnp.where(known & ~jnp.isnan(change), change, _CAUTION)
+
+        def asked(part: jax.Array, residual: jax.Array, used: jax.Array, power: int) -> jax.Array:
+            """Return the tolerance at which a part is half of the error that is aimed at."""
+            # A part goes with the residual that there was, which may be far below the tolerance;
+            # later ones may come up to it.
+            goal = _AIM / 2 * allowed / (1 + certificate.contraction)
+            change = (goal / part).astype(dtype) ** (1 / power)
+            change = jnp.clip(change, 1 / _LARGEST_CHANGE, _LARGEST_CHANGE)
+            residual = jnp.maximum(residual.astype(dtype), jnp.finfo(dtype).eps)
+            return jnp.where(known & ~jnp.isnan(change), residual * change, _CAUTION * used)
+
+        judged = _Tolerances(
+            asked(certificate.inner, entry.inner_residual / cold_residual, state.now.x, order),
+            asked(certificate.adjoint, entry.adjoint_residual, state.now.adjoint, 1),
+        )
         certified = step >= state.due
-        longer = jnp.minimum(2 * state.interval, self.every)
-        interval = jnp.where(known & (error <= allowed), longer, 1).astype(jnp.int32)
-        due = step + interval
-        judged = _Memory(entry.rtol * change, size, jnp.ones_like(size), due, interval)
-        ratio = (size / state.size) ** (1 / order)
-        return trees.where(certified, judged, state._replace(ratio=ratio))
+        good = known & (error <= allowed)
+        longer, shorter = jnp.minimum(2 * state.interval, self.every), state.interval // 2
+        interval = jnp.where(good, longer, jnp.maximum(shorter, 1)).astype(jnp.int32)
+        due = step + jnp.where(good, interval, 1)
+        # The gradient moves before its tolerances do, so it may not loosen them by much.
+        ratio = jnp.minimum(size / state.size, 2)
+        moved = _Tolerances(state.judged.x * ratio ** (1 / order), state.judged.adjoint * ratio)
+        return trees.where(
+            certified,
+            _Memory(judged, size, judged, due.astype(jnp.int32), interval),
+            state._replace(now=moved),
+        )
 
     def _judged(
         self, entry: BilevelHistory, certificate: Certificate | None

@@ -73,10 +73,14 @@ class ScipyObjective:
     def _evaluate(self, flat: np.ndarray) -> Hypergradient:
         result = self._engine(self.unflatten(flat), self._warm)
         self._warm, self.evaluations = result.warm, self.evaluations + 1
-        solves = [result.report.inner, result.report.inner.correction, result.report.adjoint]
-        status = Status(max(int(np.max(s.status)) for s in solves if s is not None))
-        if is_failure(code(status)):
-            raise SolveError(f"a solve ended {status.name}: {status.remedy}")
+        inner, adjoint = result.report.inner, result.report.adjoint
+        solves = {"inner solve": inner, "correction of x": inner.correction, "adjoint": adjoint}
+        for name, solve in solves.items():
+            status = Status.CONVERGED if solve is None else Status(int(np.max(solve.status)))
+            # Not where this precision allows no more.
+            if status == Status.MAXITER or is_failure(code(status)):
+                where = f"in evaluation {self.evaluations}"
+                raise SolveError(f"the {name} ended {status.name} {where}: {status.remedy}")
         if not np.isfinite(result.value):
             raise SolveError(f"the outer objective is not finite: {float(result.value)}")
         return result
@@ -97,7 +101,7 @@ def scipy_objective(engine: Engine, y: PyTree, x0: PyTree) -> ScipyObjective:
 
     A Hessian-vector product is the forward derivative of the hypergradient, jvp of grad through a
     `solution_map`, and takes a rule with `mode="forward"`. Line searches compare values: give the
-    solver a tight tolerance.
+    solver a tight tolerance, in float64.
 
     Args:
       engine: made by `value_and_hypergradient`.
@@ -109,7 +113,9 @@ def scipy_objective(engine: Engine, y: PyTree, x0: PyTree) -> ScipyObjective:
 
     Raises:
       TypeError: for a wrong kind of argument.
-      SolveError: by the objective, if a solve failed or the value is not finite.
+      SolveError: by the objective, if a solve failed or did not meet its tolerance within
+        `maxiter`, or the value is not finite. Give SciPy bounds where it tries points that are too
+        far away.
 
     Example:
       >>> import jax.numpy as jnp

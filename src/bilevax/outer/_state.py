@@ -26,7 +26,7 @@ class Outcome(enum.IntEnum):
     RUNNING = 0
     """The next step is worth taking."""
     CONVERGED = 1
-    """The norm of the projected gradient met the tolerance."""
+    """The norm of the projected gradient met the tolerance, in a step whose solves met theirs."""
     PLATEAU = 2
     """The value has not improved for as many steps as `patience` allows."""
     STEPS = 3

@@ -27,20 +27,30 @@ class Settings:
     Attributes:
       rtol: the tolerance of linear solvers that have none of their own; None for the dtype's.
       on_failure: what becomes of adjoint and tangent solves that do not end as asked for.
+      adjoint_rtol: the tolerance of adjoint solves, where it is another one than `rtol` suggests.
     """
 
     rtol: Any = None
     on_failure: OnFailure = dataclasses.field(default=OnFailure.RETURN, metadata={"static": True})
+    adjoint_rtol: Any = None
 
     @classmethod
-    def following(cls, rtol: Any, x: PyTree, on_failure: OnFailure) -> "Settings":
+    def following(
+        cls, rtol: Any, x: PyTree, on_failure: OnFailure, adjoint_rtol: Any = None
+    ) -> "Settings":
         """Return settings at the tolerance of an inner solver that stops at `rtol`.
 
         A zero, of a solver that stops by `atol` or by a number of steps, is no tolerance to follow.
         """
         if rtol is not None:
             rtol = jnp.where(jnp.asarray(rtol) > 0, rtol, default_rtol(x))
-        return cls(rtol, on_failure)
+        return cls(rtol, on_failure, adjoint_rtol)
+
+    def of_adjoint(self) -> "Settings":
+        """Return the settings of an adjoint solve."""
+        if self.adjoint_rtol is None:
+            return self
+        return dataclasses.replace(self, rtol=self.adjoint_rtol)
 
 
 class Rule(abc.ABC):

@@ -71,7 +71,7 @@ class Implicit(Rule):
         settings: Settings,
     ) -> tuple[Problem, PyTree, RuleReport]:
         _, jacobian = problem.linearize(x, y)
-        solver = resolve_linear_solver(self.linear_solver, problem, settings)
+        solver = resolve_linear_solver(self.linear_solver, problem, settings.of_adjoint())
         v, report = linear_solve(
             jacobian,
             cotangent,

@@ -53,6 +53,16 @@ class Solver(abc.ABC):
         """Return the iterate at the start x; by default without a memory."""
         return Iterate(x, *self.evaluate(problem, x, y))
 
+    def toward(self, iterate: Iterate, scale: jax.Array, target: jax.Array) -> Iterate:
+        """Return the iterate for a run that ends at ||F|| <= target; by default the same.
+
+        Args:
+          iterate: where the run is.
+          scale: ||F|| where nothing was known of the solution.
+          target: see above.
+        """
+        return iterate
+
     @abc.abstractmethod
     def step(self, problem: Problem, iterate: Iterate, y: PyTree) -> Iterate:
         """Return the next iterate."""

@@ -1,7 +1,7 @@
 """Newton's method, matrix-free."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,11 @@ from bilevax.solvers._line_search import Backtracking, backtrack, evaluate
 PyTree = Any
 
 
+class _Run(NamedTuple):
+    scale: jax.Array  # ||F|| at the cold start
+    target: jax.Array  # where the run ends
+
+
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class Newton(base.Solver):
@@ -26,7 +31,8 @@ class Newton(base.Solver):
     By default the linear system is solved inexactly and matrix-free, by CG where F_1 is declared
     positive definite and by GMRES elsewhere, to a relative residual of
     min(0.1, sqrt(||F(x, y)|| / ||F(x0, y)||)): loosely far from the solution, and tightly enough
-    near it for superlinear convergence. For a minimum, a direction that does not descend is
+    near it for superlinear convergence. Where an exact step would come to the tolerance, the system
+    is solved as accurately as that needs. For a minimum, a direction that does not descend is
     replaced by the steepest one, so negative curvature slows Newton down but does not fool it.
 
     Args:
@@ -70,8 +76,13 @@ class Newton(base.Solver):
 
     def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
         evaluation, norm = self.evaluate(problem, x, y)
-        initial_norm = jax.lax.stop_gradient(norm)
-        return base.Iterate(x, evaluation, norm, initial_norm, jnp.zeros((), bool))
+        scale = jax.lax.stop_gradient(norm)
+        return base.Iterate(
+            x, evaluation, norm, _Run(scale, jnp.zeros_like(scale)), jnp.zeros((), bool)
+        )
+
+    def toward(self, iterate: base.Iterate, scale: jax.Array, target: jax.Array) -> base.Iterate:
+        return iterate._replace(state=_Run(scale, target))
 
     def differentiable(self, problem: Problem, x: PyTree) -> "Newton":
         # The derivative of an inexact solve is not that of an exact one, far from the solution.
@@ -91,8 +102,9 @@ class Newton(base.Solver):
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
         optimality = iterate.evaluation.optimality
-        norm, initial_norm = iterate.residual, iterate.state
-        forcing = jnp.minimum(0.1, jnp.sqrt(norm / initial_norm))
+        norm, run = iterate.residual, iterate.state
+        part, last = norm / run.scale, 0.8 * run.target / norm
+        forcing = jnp.where(last > jnp.minimum(part, 0.1), last, jnp.minimum(jnp.sqrt(part), 0.1))
         solver = self._linear_solver(problem, forcing)
         _, jacobian = problem.linearize(iterate.x, y)
         direction = trees.negative(_solve(jacobian, optimality, solver))
@@ -102,7 +114,7 @@ class Newton(base.Solver):
             steepest = trees.scale(-1 / jnp.maximum(norm, 1), optimality)
             direction = trees.where(descends, direction, steepest)
         found = backtrack(self.line_search, problem, iterate, y, direction, jnp.ones_like(norm))
-        return found._replace(state=initial_norm)
+        return found._replace(state=run)
 
 
 def _solve(jacobian: LinearOperator, optimality: PyTree, solver: LinearSolver) -> PyTree:
