@@ -31,8 +31,9 @@ from sklearn.linear_model import LogisticRegressionCV, RidgeCV
 import bilevax as bx
 from bilevax.cli import folds as splits
 from bilevax.cli import tuning
+from bilevax.cli.choices import RULES, Kind
 from bilevax.cli.data import Data, as_rows, standardise
-from bilevax.cli.model import Kind, Rows, Weights
+from bilevax.cli.model import Rows, Weights
 from bilevax.cli.report import loss_unit
 from bilevax.cli.search import BATCH, Evaluator
 
@@ -82,7 +83,7 @@ def run_ours(problem: Problem) -> dict[str, Any]:
             folds,
             index,
             grid=grid,
-            rule=tuning.RULES[0],
+            rule=RULES[0],
             accuracy=ACCURACY,
             steps=STEPS,
             checkpoints=Path(folder),

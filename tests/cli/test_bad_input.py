@@ -1,49 +1,16 @@
 """Whatever is wrong with data or options ends with exit code 2 and a message in one line."""
 
-import json
-import re
+import io
 
-import numpy as np
 import pandas as pd
 import pytest
-from sklearn.datasets import dump_svmlight_file
 
 from bilevax.cli import files, main
+from bilevax.cli.choices import MISSING
 
 ROWS = [f"{i % 7},{i * i % 11},{'yes' if i % 2 else 'no'}" for i in range(20)]
 LINES = ["size,age,answer", *ROWS]
 LOGISTIC = ["--target", "answer", "--model", "logistic"]
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(lines, name="data.csv"):
-        path = tmp_path / name
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return path
-
-    return write
-
-
-@pytest.fixture
-def refuse(tmp_path, capsys):
-    """Expect exit code 2, one line that says why, and an output folder that is as it was."""
-
-    def refuse(message, *arguments, command="tune"):
-        out = tmp_path / "out"
-        out.mkdir(exist_ok=True)
-        (out / "model.json").write_text("mine")
-        extra = ["--out", str(out)] if command == "tune" and "--out" not in arguments else []
-        assert main([command, *map(str, arguments), *extra]) == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        assert printed.err.startswith(f"bilevax {command}: ")
-        assert printed.err.count("\n") == 1
-        assert message in printed.err
-        assert [path.name for path in out.iterdir()] == ["model.json"]
-        assert (out / "model.json").read_text() == "mine"
-
-    return refuse
 
 
 @pytest.fixture
@@ -97,7 +64,10 @@ class TestCsv:
         refuse(f"is separated by {name}; turn them into commas", write(lines), *LOGISTIC)
 
     def test_one_column(self, refuse, write):
-        refuse("has one column, no commas", write(["answer", "1", "2"]), *LOGISTIC)
+        message = "has no column besides the target 'answer'"
+        refuse(message, write(["answer", "1", "2"]), *LOGISTIC)
+        message = "has no column 'answer'; its columns are 'size answer'"
+        refuse(message, write(["size answer", "1 2", "2 3"]), *LOGISTIC)
 
     def test_no_header(self, refuse, write):
         lines = ["1,2,3", "4,5,6"]
@@ -116,11 +86,38 @@ class TestCsv:
 
     def test_missing_values(self, refuse, write):
         lines = [*LINES, ",1,yes", "?,,no", "1,inf,no"]
-        message = "has missing or infinite values in 'size' (2), 'age' (2); fill them in"
+        message = (
+            "has missing or infinite values in 'size' (2, the first in line 22), "
+            "'age' (2, the first in line 23); fill them in"
+        )
         refuse(message, write(lines), *LOGISTIC)
 
+    def test_lines_are_counted_as_in_the_file(self, refuse, write):
+        lines = ["", LINES[0], "", *ROWS[:3], "  ", "1,,yes"]
+        refuse("'age' (1, the first in line 8)", write(lines), *LOGISTIC)
+
+    def test_rows_of_other_files_are_counted_from_one(self, refuse, tmp_path):
+        path = tmp_path / "data.parquet"
+        pd.DataFrame({"size": [1.0, 2.0, None], "answer": [1, 0, 1]}).to_parquet(path)
+        refuse("'size' (1, the first in row 3)", path, *LOGISTIC)
+
     def test_missing_target_values(self, refuse, write):
-        refuse("has 1 rows without a target", write([*LINES, "1,2,"]), *LOGISTIC)
+        message = "has 1 row without a target, the first in line 22; remove such rows, or rename"
+        refuse(message, write([*LINES, "1,2,"]), *LOGISTIC)
+
+    @pytest.mark.parametrize("text", MISSING)
+    def test_texts_that_count_as_missing(self, refuse, write, text):
+        lines = [line.replace("no", text) for line in LINES]
+        message = (
+            "has 10 rows without a target, the first in line 2; remove such rows, or rename a "
+            "class that counts as missing: ?, NA, N/A, NaN, nan, NULL, null, None and 11 more "
+            "(see bilevax tune --help)"
+        )
+        refuse(message, write(lines), *LOGISTIC)
+
+    def test_they_are_what_pandas_takes_for_missing(self):
+        text = "\n".join(["a,b", ",0", *(f"{text},0" for text in MISSING if text != "?")])
+        assert pd.read_csv(io.StringIO(text))["a"].isna().all()
 
     def test_text_columns(self, refuse, write):
         lines = ["city,size,answer", *(f"Rome,{row[2:]}" for row in ROWS)]
@@ -213,7 +210,10 @@ class TestGroups:
             (["feature,group", "size,1", "age,1", "x,2"], "that the data does not have: 'x'"),
             (["feature,group", "size,1", "age,1", "age,2"], "more than once: 'age'"),
             (["feature,set", "size,1", "age,1"], "has no column 'group'"),
-            (["feature,group", "size,1", "age,"], "has 1 rows without a feature or a group"),
+            (
+                ["feature,group", "size,1", "age,"],
+                "has 1 row without a feature or a group, the first in line 3",
+            ),
             (["feature;group", "size;1"], "is separated by semicolons"),
         ],
     )
@@ -279,96 +279,3 @@ def test_wrong_options(misuse, arguments, message):
 def test_no_command_and_no_model(misuse):
     misuse("the following arguments are required: tune | predict")
     misuse("the following arguments are required: --model", "tune", "a.csv")
-
-
-class TestPredict:
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [
-            ("{", "is not a model: it is not a JSON file"),
-            ("[]", "is not a model: its format is not 'bilevax model 1'"),
-            ('{"format": "bilevax report 1"}', "is not a model: its format is not"),
-            ('{"format": "bilevax model 1"}', "is not a whole model: it lacks 'preprocessing'"),
-        ],
-    )
-    def test_not_a_model(self, refuse, write, content, message):
-        path = write([content], "model.json")
-        refuse(message, path, write(LINES), command="predict")
-
-    def test_no_model(self, refuse, write, tmp_path):
-        refuse("there is no file", tmp_path / "none.json", write(LINES), command="predict")
-
-    def test_wrong_shapes(self, refuse, write, a_model):
-        a_model["standardised"]["coefficients"] = [[1.0]]
-        path = write([json.dumps(a_model)], "model.json")
-        message = "its coefficients have the shape (1, 1), expected (1, 2)"
-        refuse(message, path, write(LINES), command="predict")
-
-    def test_missing_columns(self, refuse, write, a_model):
-        path = write([json.dumps(a_model)], "model.json")
-        data = write(["size,answer", "1,2"])
-        refuse("lacks columns: 'age'", path, data, command="predict")
-
-    def test_missing_values(self, refuse, write, a_model):
-        path = write([json.dumps(a_model)], "model.json")
-        data = write(["size,age", "1,2", ",3"])
-        refuse("has missing or infinite values in 'size' (1)", path, data, command="predict")
-
-    def test_a_file_that_cannot_be_written(self, refuse, write, a_model, tmp_path):
-        path = write([json.dumps(a_model)], "model.json")
-        arguments = [path, write(LINES), "--out", tmp_path / "none" / "x.csv"]
-        refuse("cannot write", *arguments, command="predict")
-
-    def test_a_libsvm_file_with_more_features(self, refuse, tmp_path, write, a_model):
-        a_model |= {"features": ["feature 1", "feature 3"], "constant_features": ["feature 2"]}
-        path = write([json.dumps(a_model)], "model.json")
-        data = write(["1 1:2 4:1"], "a.svm")
-        message = "has 4 features, the model was trained on 3"
-        refuse(message, path, data, command="predict")
-
-    def test_a_libsvm_file_with_other_features(self, refuse, tmp_path, write, a_model):
-        path = write([json.dumps(a_model)], "model.json")
-        data = tmp_path / "a.svm"
-        dump_svmlight_file(np.ones((3, 2)), np.ones(3), str(data), zero_based=False)
-        refuse("lacks columns: 'size', 'age'", path, data, command="predict")
-
-
-@pytest.fixture
-def a_model():
-    return {
-        "format": "bilevax model 1",
-        "version": "0",
-        "model": "ridge",
-        "target": "y",
-        "classes": None,
-        "features": ["size", "age"],
-        "constant_features": [],
-        "penalties": [1.0, 2.0],
-        "preprocessing": {
-            "means": [0.0, 0.0], "scales": [1.0, 2.0], "target_mean": 10.0, "target_scale": 3.0
-        },
-        "standardised": {"coefficients": [[1.0, -1.0]], "intercepts": [0.5]},
-    }  # fmt: skip
-
-
-def test_predictions_by_hand_with_columns_in_any_order(write, a_model, capsys):
-    path = write([json.dumps(a_model)], "model.json")
-    data = write(["age,more,size", "2,text,1", "0,text,3"])
-    assert main(["predict", str(path), str(data)]) == 0
-    printed = capsys.readouterr()
-    assert printed.err == ""
-    assert printed.out == "prediction\n11.5\n20.5\n"  # 10 + 3 (size - age / 2 + 0.5)
-
-
-def test_parquet_and_csv_are_the_same(tmp_path, write, a_model):
-    path = write([json.dumps(a_model)], "model.json")
-    table = pd.DataFrame({"size": [1, 2], "age": [0.5, None]}).fillna(4)
-    table.to_parquet(tmp_path / "data.parquet")
-    table.to_csv(tmp_path / "data.csv", index=False)
-    results = []
-    for name in ("data.parquet", "data.csv"):
-        out = tmp_path / f"{name}.out"
-        assert main(["predict", str(path), str(tmp_path / name), "--out", str(out)]) == 0
-        results.append(out.read_text())
-    assert results[0] == results[1]
-    assert re.fullmatch(r"prediction\n[\d.]+\n[\d.]+\n", results[0])

@@ -85,7 +85,9 @@ def test_the_report(ridge):
     assert history["projected_gradient"][-1] <= 0.01
     assert set(history["status"]) == {"CONVERGED"}
     assert report["outcome"]["name"] == "CONVERGED" and report["outcome"]["accuracy_reached"]
-    assert all(seconds > 0 for seconds in report["seconds"].values())
+    seconds = report["seconds"]
+    assert all(part > 0 for part in seconds.values())
+    np.testing.assert_allclose(sum(seconds.values()), 2 * seconds["total"])
 
 
 def test_the_page_has_its_figures_inside_and_nothing_from_elsewhere(ridge):
@@ -96,6 +98,7 @@ def test_the_page_has_its_figures_inside_and_nothing_from_elsewhere(ridge):
         assert np.ptp(imread(io.BytesIO(base64.b64decode(picture)))) > 0
     assert not re.search(r"https?:|<script|<link|@import|src=\"(?!data:)", page)
     assert "prices: 60 rows" in page and "third <b>" not in page
+    assert "The losses of the steps are those of fits that end early." in page
 
 
 def test_a_finished_run_leaves_no_checkpoints(ridge):
@@ -145,7 +148,8 @@ def test_groups_a_validation_file_and_too_few_steps(table, tmp_path, capsys):
     models = [(folder / "model.json").read_bytes() for folder in (out, tmp_path / "whole")]
     assert models[0] == models[1]
     capsys.readouterr()
-    assert main([*arguments, "--resume", "--seed", "1", "--penalty", "single"]) == 2
+    (out / "checkpoints" / "problem.json").write_text("{}")
+    assert main([*arguments, "--resume"]) == 2
     assert "cannot use" in capsys.readouterr().err
 
 
@@ -230,7 +234,7 @@ def test_interrupted_before_the_first_step(ridge, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(tuning, "search_grid", interrupt)
     arguments = ["tune", str(ridge[0]), "--target", "amount", "--model", "ridge"]
     assert main([*arguments, "--out", str(tmp_path)]) == 130
-    assert "interrupted before the first step; nothing is saved" in capsys.readouterr().err
+    assert "interrupted; no step had been taken, nothing is saved" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -239,7 +243,20 @@ def test_interrupted_before_the_first_step(ridge, tmp_path, capsys, monkeypatch)
         ([], ["tune", "predict", ".parquet", "--version"]),
         (
             ["tune"],
-            ["1/2 sum over features", "groups.csv", "model.json", "130", "examples:", "--resume"],
+            [
+                "1/2 sum over features",
+                "groups.csv",
+                "model.json",
+                "examples:",
+                "--resume",
+                "--resume goes on, if a step had been taken",
+                "no missing values",
+                "-1.#QNAN",
+                "A new run replaces the results of an earlier one",
+                "fits that end early",
+                "only --steps and --accuracy may change",
+                "parts sum up to the total",
+            ],
         ),
         (["predict"], ["probability CLASS", "examples:", "exit codes"]),
     ],
@@ -265,6 +282,17 @@ def test_a_missing_package_is_named(monkeypatch):
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 1
     assert "needs pandas, not installed here: pip install 'bilevax[cli]'" in run.stderr
+
+
+def test_help_does_not_wait_for_what_only_commands_need():
+    script = (
+        "import sys, bilevax.cli\n"
+        "try:\n    bilevax.cli.main(['tune', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print({'matplotlib', 'orbax', 'pandas', 'pyarrow', 'sklearn'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout.endswith("set()\n"), run.stderr
 
 
 def test_it_runs_as_a_module():

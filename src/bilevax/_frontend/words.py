@@ -29,6 +29,11 @@ def shorten(items: list[str], limit: int = 10) -> str:
     return ", ".join(items[:limit]) + more
 
 
+def counted(number: int, singular: str, plural: str | None = None) -> str:
+    """Return a number of things, such as '1 row' or '2 rows'."""
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"
+
+
 def is_number(cell: str) -> bool:
     """Tell whether a cell can be read as a number."""
     try:

@@ -2,6 +2,7 @@
 
 It needs the extra `bilevax[cli]`. The modules, in the order in which to read them:
 
+    choices     what a user can choose
     options     the options and their help
     files       CSV, Parquet and LIBSVM files
     data        checks, classes and standardising
@@ -15,6 +16,8 @@ It needs the extra `bilevax[cli]`. The modules, in the order in which to read th
     report      report.json and the table on the terminal
     figures     the figures of the report
     page        report.html
+    identity    what must be the same when a run goes on
+    output      the folder of the results and checkpoints
     tune        the command `bilevax tune`
     predict     the command `bilevax predict`
     app         the command line

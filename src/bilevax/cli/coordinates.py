@@ -35,14 +35,21 @@ def curvatures(rows: Rows, folds: Folds, weights: Weights) -> np.ndarray:
 
 def to_weights(point: jax.Array, curvature: jax.Array, penalties: jax.Array) -> Weights:
     """Return the weights at u, (features + 1, columns), of one fold."""
-    extended = _factor(curvature, penalties)[1].T @ point
+    upper = _upper_factor(curvature, penalties)
+
+    def substitute(found: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
+        rest = point[row] - upper[row] @ found
+        return found.at[row].set(rest / upper[row, row]), None
+
+    rows = jnp.arange(len(curvature))
+    extended, _ = jax.lax.scan(substitute, jnp.zeros_like(point), rows, reverse=True)
     return Weights(extended[:-1], extended[-1])
 
 
 def to_point(weights: Weights, curvature: jax.Array, penalties: jax.Array) -> jax.Array:
     """Return u of the weights of one fold."""
     extended = jnp.concatenate([weights.coefficients, weights.intercepts[None]])
-    return _factor(curvature, penalties)[0] @ extended
+    return _upper_factor(curvature, penalties) @ extended
 
 
 def zero_points(tasks: int, rows: Rows) -> jax.Array:
@@ -51,22 +58,18 @@ def zero_points(tasks: int, rows: Rows) -> jax.Array:
     return jnp.zeros((tasks, features + 1, columns))
 
 
-def _factor(curvature: jax.Array, penalties: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return L^T and its inverse transposed, L^{-1}.
+def _upper_factor(curvature: jax.Array, penalties: jax.Array) -> jax.Array:
+    """Return L^T, row by row.
 
-    By elimination in (C + diag(penalties) | I), and not by LAPACK: a program that called it in
-    batches some ten thousand times was seen to wait for ever (jaxlib 0.10.2, on two cores).
+    Not by LAPACK: a program that called it in batches some ten thousand times was seen to wait for
+    ever (jaxlib 0.10.2, on two cores).
     """
-    size = len(curvature)
     matrix = curvature + jnp.diag(jnp.append(penalties, 0))
+    columns = jnp.arange(len(matrix))
 
-    def eliminate(rows: jax.Array, pivot: jax.Array) -> tuple[jax.Array, None]:
-        row = rows[pivot] / jnp.sqrt(rows[pivot, pivot])
-        # Symmetric: what is below the pivot is to the right of it.
-        below = jnp.where(jnp.arange(size) > pivot, row[:size], 0)
-        rows = rows - jnp.outer(below, row)
-        return rows.at[pivot].set(row), None
+    def add_row(upper: jax.Array, k: jax.Array) -> tuple[jax.Array, None]:
+        row = matrix[k] - upper[:, k] @ upper
+        row = jnp.where(columns >= k, row / jnp.sqrt(row[k]), 0)
+        return upper.at[k].set(row), None
 
-    start = jnp.concatenate([matrix, jnp.eye(size)], axis=1)
-    rows, _ = jax.lax.scan(eliminate, start, jnp.arange(size))
-    return jnp.triu(rows[:, :size]), rows[:, size:]
+    return jax.lax.scan(add_row, jnp.zeros_like(matrix), columns)[0]

@@ -6,9 +6,12 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
-from bilevax._frontend.words import DataError, is_number, natural, quote, shorten
+from bilevax._frontend.words import DataError, counted, is_number, natural, quote, shorten
+from bilevax.cli.choices import MISSING, Kind
 from bilevax.cli.files import Table
-from bilevax.cli.model import Kind, Rows, score_basis
+from bilevax.cli.model import Rows, score_basis
+
+_MISSING = f"{shorten(list(MISSING), 8)} (see bilevax tune --help)"
 
 
 class Data(NamedTuple):
@@ -158,9 +161,11 @@ def numbers(table: Table, names: list[str]) -> np.ndarray:
             "turn them into numbers, or remove them"
         )
     values = columns.to_numpy(dtype=np.float64, na_value=np.nan)
-    counts = zip(names, (~np.isfinite(values)).sum(axis=0), strict=True)
-    gaps = [f"{quote(name)} ({count})" for name, count in counts if count]
-    if gaps:
+    wrong = ~np.isfinite(values)
+    counts = wrong.sum(axis=0)
+    if counts.any():
+        found = zip(names, counts, table.first(wrong), strict=True)
+        gaps = [f"{quote(name)} ({count}, {first})" for name, count, first in found if count]
         raise DataError(
             f"{table.path} has missing or infinite values in {shorten(gaps)}; "
             "fill them in, or remove these rows"
@@ -200,9 +205,13 @@ def as_rows(data: Data, scaling: Scaling, kind: Kind) -> Rows:
 
 def _target(table: Table, target: str | None) -> pd.Series:
     column = pd.Series(table.columns[target]) if table.target is None else table.target
-    gaps = int(column.isna().sum())
-    if gaps:
-        raise DataError(f"{table.path} has {gaps} rows without a target; remove them")
+    gaps = column.isna().to_numpy()[:, None]
+    if gaps.any():
+        texts = f", or rename a class that counts as missing: {_MISSING}" if table.is_csv else ""
+        raise DataError(
+            f"{table.path} has {counted(gaps.sum(), 'row')} without a target, "
+            f"{table.first(gaps)[0]}; remove such rows{texts}"
+        )
     return column
 
 

@@ -23,6 +23,7 @@ def plot_losses(study: Study) -> Figure:
     single = study.unit * study.tuned.losses.mean[0]
     axes.axhline(single, color=ORANGE, ls="--", label="best single penalty")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.ticklabel_format(useOffset=False)  # the losses, not what they have above 2973.5
     axes.set_xlabel("step")
     axes.set_ylabel(study.model.kind.loss_name)
     axes.margins(x=0.02, y=0.08)

@@ -12,12 +12,14 @@ from sklearn.datasets import load_svmlight_file
 from bilevax._frontend.svmlight import find_fault
 from bilevax._frontend.words import (
     DataError,
+    counted,
     is_number,
     one_line,
     other_separator,
     quote,
     shorten,
 )
+from bilevax.cli.choices import MISSING
 
 CSV, PARQUET, LIBSVM = {".csv"}, {".parquet", ".pq"}, {".svm", ".svmlight", ".libsvm"}
 MAX_ENTRIES = 20_000_000  # rows times features of a LIBSVM file; 160 MB in float64
@@ -35,6 +37,22 @@ class Table(NamedTuple):
     path: Path
     columns: pd.DataFrame
     target: pd.Series | None
+
+    @property
+    def is_csv(self) -> bool:
+        """Whether it was a CSV file."""
+        return self.path.suffix.lower() in CSV
+
+    def first(self, wrong: np.ndarray) -> list[str]:
+        """Say where each column of a mask, (rows, columns), is first true, as people count."""
+        rows = wrong.argmax(axis=0)
+        if not self.is_csv:
+            return [f"the first in row {row + 1}" for row in rows]
+        with self.path.open(encoding="utf-8-sig") as file:
+            # Blank lines are left out, but where they are the missing values of one column.
+            is_single = self.columns.shape[1] == 1
+            numbers = [i for i, line in enumerate(file, start=1) if is_single or line.strip()]
+        return [f"the first in line {numbers[row + 1]}" for row in rows]  # after the header
 
 
 def read_table(path: Path) -> Table:
@@ -78,14 +96,18 @@ def read_groups(path: Path, names: list[str]) -> dict[str, str]:
         raise DataError(
             f"--penalty must be single, per-feature or a CSV file, got {quote(str(path))}"
         )
-    table = read_table(path).columns
-    lacking = [quote(name) for name in ("feature", "group") if name not in table]
+    table = read_table(path)
+    columns = table.columns
+    lacking = [quote(name) for name in ("feature", "group") if name not in columns]
     if lacking:
         raise DataError(f"{path} has no column {' and no column '.join(lacking)}")
-    gaps = int(table[["feature", "group"]].isna().to_numpy().any(axis=1).sum())
-    if gaps:
-        raise DataError(f"{path} has {gaps} rows without a feature or a group")
-    features = [one_line(name) for name in table["feature"].astype(str)]
+    gaps = (columns["feature"].isna() | columns["group"].isna()).to_numpy()[:, None]
+    if gaps.any():
+        raise DataError(
+            f"{path} has {counted(gaps.sum(), 'row')} without a feature or a group, "
+            f"{table.first(gaps)[0]}"
+        )
+    features = [one_line(name) for name in columns["feature"].astype(str)]
     repeated = [quote(name) for name, count in Counter(features).items() if count > 1]
     unknown = [quote(name) for name in features if name not in set(names)]
     missing = [quote(name) for name in names if name not in set(features)]
@@ -95,7 +117,7 @@ def read_groups(path: Path, names: list[str]) -> dict[str, str]:
         raise DataError(f"{path} names features that the data does not have: {shorten(unknown)}")
     if missing:
         raise DataError(f"{path} lacks features of the data: {shorten(missing)}")
-    groups = [one_line(group) for group in table["group"].astype(str)]
+    groups = [one_line(group) for group in columns["group"].astype(str)]
     return dict(zip(features, groups, strict=True))
 
 
@@ -107,8 +129,10 @@ def _read_csv(path: Path) -> pd.DataFrame:
         head = pd.read_csv(path, header=None, nrows=2, dtype=str, na_filter=False, **options)
         names = [one_line(name) for name in head.iloc[0]]
         _check_header(path, names, str(head.iloc[0, 0]))
-        options |= {"header": 0, "names": names, "index_col": False, "na_values": ["?"]}
-        return pd.read_csv(path, low_memory=False, **options)
+        options |= {"header": 0, "names": names, "index_col": False, "low_memory": False}
+        # In one column a blank line is no line to leave out: it is a missing value.
+        options |= {"skip_blank_lines": len(names) > 1}
+        return pd.read_csv(path, keep_default_na=False, na_values=["", *MISSING], **options)
     except pd.errors.EmptyDataError:
         raise DataError(f"{path} is empty") from None
     except pd.errors.ParserError as error:
@@ -118,13 +142,11 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 def _check_header(path: Path, names: list[str], first: str) -> None:
     """Raise if the first line cannot hold the names of columns."""
-    if len(names) == 1:
-        if (separator := other_separator(first)) is not None:
-            raise DataError(
-                f"{path} is separated by {separator}; turn them into commas "
-                "(and decimal commas into points)"
-            )
-        raise DataError(f"{path} has one column, no commas; columns are separated by commas")
+    if len(names) == 1 and (separator := other_separator(first)) is not None:
+        raise DataError(
+            f"{path} is separated by {separator}; turn them into commas "
+            "(and decimal commas into points)"
+        )
     if all(map(is_number, names)):
         raise DataError(f"the first line of {path} must hold the names of the columns")
     if "" in names:
@@ -165,7 +187,7 @@ def _read_libsvm(path: Path) -> Table:
     rows, columns = features.shape
     if rows * columns > MAX_ENTRIES:
         raise DataError(
-            f"{path} has {rows} rows and {columns} features, too many: "
+            f"{path} has {counted(rows, 'row')} and {counted(columns, 'feature')}, too many: "
             f"at most {MAX_ENTRIES} numbers are kept in memory"
         )
     if not columns:

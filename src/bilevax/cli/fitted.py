@@ -10,8 +10,9 @@ import pandas as pd
 from scipy.special import softmax
 
 from bilevax._frontend.words import DataError, quote
+from bilevax.cli.choices import Kind
 from bilevax.cli.data import Data, Scaling
-from bilevax.cli.model import Kind, Rows, Weights
+from bilevax.cli.model import Rows, Weights
 
 _FORMAT = "bilevax model 1"
 

@@ -1,24 +1,12 @@
 """The models: a loss per row, and the inner objective with its penalties."""
 
-import enum
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-class Kind(enum.StrEnum):
-    """What is fitted."""
-
-    RIDGE = "ridge"
-    LOGISTIC = "logistic"
-    MULTINOMIAL = "multinomial"
-
-    @property
-    def loss_name(self) -> str:
-        """The loss of held-out rows, for people."""
-        return "squared error" if self is Kind.RIDGE else "cross entropy"
+from bilevax.cli.choices import Kind
 
 
 class Weights(NamedTuple):

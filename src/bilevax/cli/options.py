@@ -1,6 +1,7 @@
 """The options and their help."""
 
 import argparse
+import textwrap
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -8,13 +9,19 @@ from typing import Any
 
 from bilevax._frontend.options import at_least, folder
 from bilevax._frontend.words import clip, one_line
-from bilevax.cli.model import Kind
-from bilevax.cli.tuning import HIGHEST, LOWEST, RULES
+from bilevax.cli.choices import HIGHEST, LOWEST, MISSING, RULES, Kind
 
-_FILES = """\
+_CSV = textwrap.fill(
+    "a first line with the names of the columns, commas between the columns, numbers in every "
+    "column but the target; no missing values, which are empty cells and, in the target too, the "
+    f"texts {', '.join(MISSING)}",
+    width=98,
+    initial_indent="  .csv".ljust(30),
+    subsequent_indent=30 * " ",
+)
+_FILES = f"""\
 data files, told apart by their extension:
-  .csv                        a first line with the names of the columns, commas between the
-                              columns, numbers in every column but the target, no gaps
+{_CSV}
   .parquet, .pq               columns of numbers, and the target
   .svm, .svmlight, .libsvm    'target index:value ...' on each line, indices from 1; the features
                               are named 'feature 1', 'feature 2', ..."""
@@ -66,18 +73,20 @@ _TUNE_END = """\
 in the folder OUT:
   model.json    coefficients and intercepts, of standardised features and in the units of the
                 data; penalties, means, scales, names of features and classes
-  report.json   everything: settings, losses in each fold, history of the steps, seconds
+  report.json   everything: settings; losses in each fold; history of the steps, whose losses
+                are those of fits that end early; seconds, whose parts sum up to the total
   report.html   the same to look at, in one file
   checkpoints/  states of a run that is not finished, saved each minute
 
-While OUT/checkpoints has a run that is not finished, a new one is refused: go on with --resume,
-and the same data and options but perhaps more --steps, or remove OUT/checkpoints.
+A new run replaces the results of an earlier one in OUT. While OUT/checkpoints has a run that is
+not finished, a new one is refused: go on with --resume, or remove OUT/checkpoints. With --resume
+only --steps and --accuracy may change; other options and other data are refused.
 
 exit codes:
   0    done
   2    a wrong option, or data that cannot be used; nothing was written
   3    done, but --steps ended before the --accuracy was reached; everything is written
-  130  interrupted (Ctrl-C or SIGTERM); --resume goes on
+  130  interrupted (Ctrl-C or SIGTERM); --resume goes on, if a step had been taken
 
 examples:
   bilevax tune cancer.csv --target diagnosis --model logistic --penalty per-feature

@@ -36,16 +36,23 @@ $sections
 """)
 
 
+_INEXACT = """
+<p>The losses of the steps are those of fits that end early. They may be above or below the accurate
+ones, so the curve need not start on the line. The losses in the table are accurate.</p>"""
+
+
 def write_page(study: Study) -> str:
     """Return the text of report.html."""
     many = len(study.penalties.names) > MAX_NAMES
     half = f"the {MAX_NAMES // 2} weakest and strongest of {len(study.penalties.names)}"
-    figures = {
-        "Loss, step by step": plot_losses(study),
-        f"Penalties, {half}" if many else "Penalties": plot_penalties(study),
-        "Coefficients": plot_coefficients(study),
-    }
-    sections = [f"<h2>{title}</h2>\n{_embed(figure, title)}" for title, figure in figures.items()]
+    figures = [
+        ("Loss, step by step", plot_losses(study), _INEXACT),
+        (f"Penalties, {half}" if many else "Penalties", plot_penalties(study), ""),
+        ("Coefficients", plot_coefficients(study), ""),
+    ]
+    sections = [
+        f"<h2>{title}</h2>\n{_embed(figure, title)}{caption}" for title, figure, caption in figures
+    ]
     settings = {"settings": study.settings, "seconds": study.seconds}
     sections += [_table(title.capitalize(), entries) for title, entries in settings.items()]
     return _PAGE.substitute(

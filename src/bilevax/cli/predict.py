@@ -16,6 +16,9 @@ def predict(options: argparse.Namespace) -> int:
     Raises:
       DataError: if the model or the data cannot be used, or the file cannot be written.
     """
+    for name in ("model", "data"):
+        if options.out is not None and options.out.resolve() == getattr(options, name).resolve():
+            raise DataError(f"--out {options.out} is the {name}; choose another file")
     model = read_model(options.model)
     features = select(read_table(options.data), model.features, model.dropped)
     predictions = model.predict(features)

@@ -7,13 +7,15 @@ import numpy as np
 
 import bilevax as bx
 from bilevax._frontend.json import plain
-from bilevax._frontend.words import clip
+from bilevax._frontend.words import clip, counted
+from bilevax.cli.choices import HIGHEST, LOWEST, Kind
 from bilevax.cli.data import Data, Scaling
 from bilevax.cli.fitted import Fitted
-from bilevax.cli.model import Kind
 from bilevax.cli.penalties import Penalties
 from bilevax.cli.search import GRID, Evaluator
 from bilevax.cli.tuning import Grid, Tuned
+
+_ROUNDING = 1e-9  # losses that differ by no more than this part are the same
 
 
 class Study(NamedTuple):
@@ -70,14 +72,14 @@ def loss_unit(kind: Kind, scaling: Scaling) -> float:
 
 
 def wall_times(evaluator: Evaluator, run: bx.MinimizeResult, total: float) -> dict[str, float]:
-    """Return where the time went, in seconds."""
-    return {
-        "grid_and_fit": evaluator.seconds,
+    """Return where the time went, in seconds: parts that sum up to the total."""
+    parts = {
         "grid_and_fit_compilation": evaluator.compile_seconds,
+        "grid_and_fit": evaluator.seconds - evaluator.compile_seconds,
         "first_step_with_compilation": run.seconds.first,
         "further_steps": run.seconds.total,
-        "total": total,
     }
+    return parts | {"other": total - sum(parts.values()), "total": total}
 
 
 def to_json(study: Study) -> dict[str, Any]:
@@ -131,20 +133,19 @@ def tabulate(study: Study) -> str:
     how = f"{study.folds} folds" if study.folds > 1 else "validation file"
     single, tuned = study.unit * study.tuned.losses.mean
     start = study.unit * study.grid.losses[0]
+    strong = f"all penalties {GRID[0]:g}"
     rows = {
-        f"all penalties {GRID[0]:g}": (start, ""),
-        f"best single penalty, {study.grid.best:.3g}": (single, _change(single, start)),
-        f"tuned, {count} {'penalty' if count == 1 else 'penalties'}": (
+        strong: (start, ""),
+        f"best single penalty, {study.grid.best:.3g}": (single, _compare(single, start, strong)),
+        f"tuned, {counted(count, 'penalty', 'penalties')}": (
             tuned,
-            f"{_change(tuned, single)} than the best single penalty"
-            if study.tuned.is_better and tuned < single
-            else "as the best single penalty",
+            _compare(tuned, single, "the best single penalty"),
         ),
     }
     width = max(map(len, rows))
     lines = [
-        f"{clip(study.name)}: {study.training_rows} rows, {len(study.data.names)} features, "
-        f"{study.model.kind} model, {how}",
+        f"{clip(study.name)}: {counted(study.training_rows, 'row')}, "
+        f"{counted(len(study.data.names), 'feature')}, {study.model.kind} model, {how}",
         "",
         f"{'':{width}}  {loss}",
         *(
@@ -156,14 +157,20 @@ def tabulate(study: Study) -> str:
 
 
 def conclude(study: Study) -> str:
-    """Return how the run ended."""
-    steps = study.tuned.run.steps
-    fallen = f"The projected gradient fell to {study.relative.min():.2g} of its first norm"
-    return (
-        f"{fallen} in {steps} {'step' if steps == 1 else 'steps'}, {study.seconds['total']:.1f} s."
-    )
+    """Return how the run ended, a sentence on each line."""
+    part = study.relative.min()
+    how = f"fell to {part:.2g} of its first norm" if part < 0.995 else "did not fall"
+    steps = counted(study.tuned.run.steps, "step")
+    lines = [f"The projected gradient {how} in {steps}, {study.seconds['total']:.1f} s."]
+    bounds = np.isclose(study.tuned.penalties[:, None], [LOWEST, HIGHEST], rtol=1e-9, atol=0)
+    if bounds.any():
+        number = counted(bounds.sum(), "penalty", "penalties")
+        lines.append(f"{number} ended on a bound, {LOWEST:g} or {HIGHEST:g}.")
+    return "\n".join(lines)
 
 
-def _change(value: float, reference: float) -> str:
+def _compare(value: float, reference: float, name: str) -> str:
+    if abs(value - reference) <= _ROUNDING * reference:
+        return f"the same as {name}"
     percent = 100 * (value / reference - 1)
-    return f"{abs(percent):.3g} % {'lower' if percent <= 0 else 'higher'}"
+    return f"{abs(percent):.3g} % {'lower' if percent < 0 else 'higher'} than {name}"

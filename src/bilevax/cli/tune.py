@@ -1,16 +1,11 @@
 """The command `bilevax tune`."""
 
 import argparse
-import contextlib
 import json
 import shutil
-import signal
 import sys
-import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +13,10 @@ import jax
 import numpy as np
 
 import bilevax as bx
-from bilevax._frontend.words import DataError, quote, shorten
+from bilevax._frontend.words import DataError, counted, quote, shorten
 from bilevax.cli import folds as splits
-from bilevax.cli import report, tuning
+from bilevax.cli import output, report, tuning
+from bilevax.cli.choices import Kind
 from bilevax.cli.data import (
     Data,
     Scaling,
@@ -32,12 +28,11 @@ from bilevax.cli.data import (
 )
 from bilevax.cli.files import read_table
 from bilevax.cli.fitted import make_fitted, to_json
-from bilevax.cli.model import Kind, Rows, Weights
+from bilevax.cli.identity import check_same, identify
+from bilevax.cli.model import Rows, Weights
 from bilevax.cli.page import write_page
 from bilevax.cli.penalties import Penalties, read_penalties
 from bilevax.cli.search import Evaluator
-
-_INTERRUPTED = 130
 
 
 class _Task(NamedTuple):
@@ -67,35 +62,36 @@ def tune(options: argparse.Namespace) -> int:
 
     Raises:
       DataError: if the data or an option cannot be used; nothing is written then.
+      KeyboardInterrupt: if a signal ended the run; it says whether the run can go on.
     """
     # Only here, for a library must not decide this: penalties that differ by a factor of 1e9 make
     # systems that float32 cannot solve.
     jax.config.update("jax_enable_x64", True)
     began = time.perf_counter()
     task = _read(options)
-    _check_folder(options.out, options.resume)
+    identity = identify(options, task.data, task.training, task.penalties)
+    output.check_folder(options.out, options.resume)
+    if options.resume:
+        check_same(output.checkpoints(options.out), identity, options)
     if task.data.dropped:
         names = shorten([quote(name) for name in task.data.dropped])
         _tell(f"left out, for they are constant: {names}")
     try:
-        with _terminated_like_interrupted():
-            study = _run(options, task, began)
+        study = _run(options, task, json.dumps(identity, indent=1), began)
+        output.finish(options.out, _results(study))
     except KeyboardInterrupt:
-        study = None
-    if study is None:
-        has_state = _has_checkpoints(options.out)
-        _tell(
-            f"interrupted; go on with the same command and --resume, the state is in {options.out}"
-            if has_state
-            else "interrupted before the first step; nothing is saved"
-        )
-        return _INTERRUPTED
-    _write(options.out, study)
+        raise KeyboardInterrupt(
+            f"go on with the same command and --resume, the state is in {options.out}"
+            if output.is_unfinished(options.out)
+            else "no step had been taken, nothing is saved"
+        ) from None
+    finally:
+        output.clear(options.out)
     print(report.tabulate(study))
     print(f"\n{report.conclude(study)}")
-    print(f"Written to {options.out}: model.json, report.json, report.html")
+    print(f"Written to {options.out}: {', '.join(output.RESULTS)}")
     if study.is_accurate:
-        shutil.rmtree(_checkpoints(options.out))  # nothing is left to go on with
+        shutil.rmtree(output.checkpoints(options.out))  # nothing is left to go on with
         return 0
     _tell(
         f"{study.tuned.run.message}. The accuracy of {options.accuracy:g} was not reached: "
@@ -132,7 +128,8 @@ def _read(options: argparse.Namespace) -> _Task:
 
 def _check_folds(path: Path, data: Data, count: int) -> None:
     if len(data.target) < count:
-        raise DataError(f"{path} has {len(data.target)} rows, fewer than the {count} folds of --cv")
+        rows = counted(len(data.target), "row")
+        raise DataError(f"{path} has {rows}, fewer than the {count} folds of --cv")
     if data.classes is not None:
         sizes = Counter(data.target.tolist())
         few = [
@@ -144,39 +141,20 @@ def _check_folds(path: Path, data: Data, count: int) -> None:
             )
 
 
-def _checkpoints(out: Path) -> Path:
-    return out / "checkpoints"
+def _run(options: argparse.Namespace, task: _Task, identity: str, began: float) -> report.Study:
+    """Search, tune and fit.
 
-
-def _has_checkpoints(out: Path) -> bool:
-    return any(_checkpoints(out).glob("save_*"))
-
-
-def _check_folder(out: Path, resume: bool) -> None:
-    """Raise if the folder cannot be written to, or has an unfinished run and should not."""
-    if resume and not _has_checkpoints(out):
-        raise DataError(f"there is nothing to --resume in {out}: it has no checkpoints")
-    if not resume and _has_checkpoints(out):
-        raise DataError(
-            f"{out} has a run that is not finished: go on with --resume, choose another --out, "
-            f"or remove {_checkpoints(out)}"
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):  # fails now, not after all the work
-            pass
-    except OSError as error:
-        raise DataError(f"cannot write to the folder {out}: {error.strerror}") from None
-
-
-def _run(options: argparse.Namespace, task: _Task, began: float) -> report.Study | None:
-    """Search, tune and fit; return None if a signal ended it."""
+    Raises:
+      DataError: if the folder cannot be used.
+      KeyboardInterrupt: if a signal ended it.
+    """
     everything = splits.everything(np.asarray(task.rows.features), task.training)
     evaluator = Evaluator(task.rows, task.folds, everything)
     index = task.penalties.positions
     grid = tuning.search_grid(evaluator, len(index))
-    if not options.resume:  # what a run has left that ended before its first checkpoint
-        shutil.rmtree(_checkpoints(options.out), ignore_errors=True)
+    checkpoints = output.checkpoints(options.out)
+    if not options.resume:
+        output.begin(options.out, identity)
     try:
         run = tuning.tune(
             task.rows,
@@ -186,12 +164,12 @@ def _run(options: argparse.Namespace, task: _Task, began: float) -> report.Study
             rule=options.rule,
             accuracy=options.accuracy,
             steps=options.steps,
-            checkpoints=_checkpoints(options.out),
+            checkpoints=checkpoints,
         )
     except (ValueError, OSError) as error:  # of the checkpoints
-        raise DataError(f"cannot use {_checkpoints(options.out)}: {error}") from error
+        raise DataError(f"cannot use {checkpoints}: {error}") from error
     if run.outcome is bx.Outcome.INTERRUPTED:
-        return None
+        raise KeyboardInterrupt
     tuned = tuning.finish(evaluator, index, grid, run)
     last = Weights(*(leaf[1, -1] for leaf in tuned.losses.weights))
     penalties = tuned.penalties[index]
@@ -222,36 +200,12 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     return settings | {"cv": None if options.validation else options.cv, "precision": "float64"}
 
 
-def _write(out: Path, study: report.Study) -> None:
-    texts = {
+def _results(study: report.Study) -> dict[str, str]:
+    return {
         "model.json": json.dumps(to_json(study.model), indent=1, allow_nan=False),
         "report.json": json.dumps(report.to_json(study), indent=1, allow_nan=False),
         "report.html": write_page(study),
     }
-    try:
-        for name, text in texts.items():
-            draft = out / f"{name}.tmp"  # so that no file is ever half written
-            draft.write_text(text + "\n", encoding="utf-8")
-            draft.replace(out / name)
-    except OSError as error:
-        raise DataError(f"cannot write to the folder {out}: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt, as SIGINT does, where no run is watching for it."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _tell(message: str) -> None:

@@ -11,6 +11,7 @@ import optax.projections
 
 import bilevax as bx
 from bilevax.checkpoints import Checkpoints
+from bilevax.cli.choices import HIGHEST, LOWEST
 from bilevax.cli.coordinates import curvatures, zero_points
 from bilevax.cli.folds import Folds
 from bilevax.cli.model import Rows, Weights
@@ -24,10 +25,9 @@ from bilevax.cli.search import (
     inner_problem,
 )
 
-LOWEST, HIGHEST = 1e-5, 1e3  # of penalties; beyond, losses hardly change
-RULES = ("implicit", "newton", "jacobi")
-# Inner solves end at the first part of the gradient at zero weights, the last fit at the second.
-_RTOL, _FIT_RTOL = 1e-3, 1e-10
+# Inner solves end at such a part of the gradient at zero weights: of the grid, in tuning, at last.
+_GRID_RTOL, _RTOL, _FIT_RTOL = 1e-3, 1e-5, 1e-10
+_ADJOINT_RTOL = 1e-2
 # Steps by signs suit penalties, whose slopes differ by orders of magnitude: each log-penalty has a
 # step of its own, which grows while its slope keeps its sign. They need no line search.
 _FIRST_STEP, _LONGEST_STEP = 0.3, 2.0
@@ -72,7 +72,7 @@ def search_grid(evaluator: Evaluator, features: int) -> Grid:
 
     def evaluate(logs: np.ndarray, start: Weights | None) -> Losses:
         log_penalties = np.repeat(logs[:, None], features, axis=1)
-        return evaluator.evaluate(log_penalties, _RTOL, start)
+        return evaluator.evaluate(log_penalties, _GRID_RTOL, start)
 
     logs, losses, weights = np.log(GRID), [], None
     for k in range(0, len(logs), BATCH):
@@ -94,6 +94,7 @@ def make_engine(
     index: np.ndarray,
     rule: str,
     rtol: float = _RTOL,
+    adjoint_rtol: float = _ADJOINT_RTOL,
 ) -> bx.Engine:
     """Return the function from log-penalties to the cross-validated loss and its gradient.
 
@@ -102,8 +103,9 @@ def make_engine(
       folds: which rows train and which are held out.
       curvatures: of each fold, for the coordinates of the inner variable.
       index: (features,), which log-penalty is that of a feature.
-      rule: one of `RULES`.
+      rule: one of `choices.RULES`.
       rtol: where inner solves end.
+      adjoint_rtol: where adjoint solves end.
     """
 
     def loss(points: jax.Array, log_penalties: jax.Array) -> jax.Array:
@@ -111,7 +113,7 @@ def make_engine(
         return jnp.mean(held_out_losses(weights, rows, folds))
 
     steps = {"newton": bx.NewtonStep(), "jacobi": bx.JacobiStep()}
-    formula: bx.Rule = bx.Implicit()
+    formula: bx.Rule = bx.Implicit(bx.CG(rtol=adjoint_rtol))
     if rule in steps:
         formula = bx.Preconditioned(formula, step=steps[rule])
     problem = inner_problem(rows, folds, curvatures, index)

@@ -1,0 +1,93 @@
+"""What is said and drawn about a run, on runs that were never made."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from bilevax._frontend.words import counted
+from bilevax.cli.choices import HIGHEST, LOWEST, Kind
+from bilevax.cli.figures import plot_losses
+from bilevax.cli.penalties import Penalties
+from bilevax.cli.report import Study, conclude, tabulate
+
+
+def make_study(
+    start=2.0, single=1.0, tuned=1.0, penalties=(0.1,), norms=(1.0, 0.5), features=1, rows=2
+):
+    history = SimpleNamespace(stationarity=np.array(norms), value=np.array([single, tuned]))
+    state = SimpleNamespace(first_stationarity=norms[0])
+    run = SimpleNamespace(history=history, state=state, steps=len(norms))
+    losses = SimpleNamespace(mean=np.array([single, tuned]))
+    return Study(
+        name="data",
+        settings={},
+        data=SimpleNamespace(names=["x"] * features),
+        training_rows=rows,
+        folds=2,
+        penalties=Penalties(["x"] * len(penalties), np.zeros(features, int)),
+        grid=SimpleNamespace(losses=np.array([start]), best=0.02),
+        tuned=SimpleNamespace(penalties=np.array(penalties), run=run, losses=losses),
+        model=SimpleNamespace(kind=Kind.RIDGE),
+        seconds={"total": 3.0},
+        unit=1.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("tuned", "words"),
+    [
+        (0.9, "10 % lower than the best single penalty"),
+        (1 - 1e-5, "0.001 % lower than the best single penalty"),
+        (1 - 1e-15, "the same as the best single penalty"),
+        (1.0, "the same as the best single penalty"),
+    ],
+)
+def test_changes_that_are_rounding_are_none(tuned, words):
+    last = tabulate(make_study(tuned=tuned)).splitlines()[-1]
+    assert last.endswith(f"  {words}")
+
+
+def test_the_best_single_penalty_may_be_the_strongest():
+    assert "  the same as all penalties 100\n" in tabulate(make_study(start=1.0))
+    assert "  50 % lower than all penalties 100\n" in tabulate(make_study())
+
+
+def test_one_and_many():
+    assert [counted(1, "row"), counted(0, "row")] == ["1 row", "0 rows"]
+    assert tabulate(make_study()).startswith("data: 2 rows, 1 feature, ridge model, 2 folds\n")
+    many = tabulate(make_study(penalties=(1.0, 2.0), features=2, rows=1))
+    assert many.startswith("data: 1 row, 2 features, ") and "tuned, 2 penalties" in many
+
+
+@pytest.mark.parametrize(
+    ("norms", "words"),
+    [
+        ((1.0, 0.5), "fell to 0.5 of its first norm in 2 steps, 3.0 s."),
+        ((1.0,), "did not fall in 1 step, 3.0 s."),
+        ((1.0, 0.9999), "did not fall in 2 steps, 3.0 s."),
+    ],
+)
+def test_how_the_gradient_fell(norms, words):
+    assert conclude(make_study(norms=norms)) == f"The projected gradient {words}"
+
+
+@pytest.mark.parametrize(
+    ("penalties", "words"),
+    [
+        ([LOWEST, HIGHEST, 1.0], "\n2 penalties ended on a bound, 1e-05 or 1000."),
+        ([np.exp(np.log(HIGHEST)), 1.0], "\n1 penalty ended on a bound, 1e-05 or 1000."),
+        ([1.01 * LOWEST, 0.99 * HIGHEST], ""),
+    ],
+)
+def test_penalties_on_a_bound_are_counted(penalties, words):
+    assert conclude(make_study(penalties=penalties)).partition(" s.")[2] == words
+
+
+def test_the_axis_of_losses_has_no_offset():
+    figure = plot_losses(make_study(single=2973.54, tuned=2973.50))
+    figure.canvas.draw()
+    axis = figure.axes[0].yaxis
+    assert axis.get_offset_text().get_text() == ""
+    labels = [float(label.get_text()) for label in axis.get_ticklabels()]
+    assert min(labels) > 2973 and len(set(labels)) == len(labels)
