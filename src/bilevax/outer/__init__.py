@@ -1,5 +1,6 @@
 """The outer loop: training runs on hypergradients."""
 
+from bilevax.outer._adaptive import Adaptive as Adaptive
 from bilevax.outer._checkpointing import Checkpointer as Checkpointer
 from bilevax.outer._checkpointing import Identity as Identity
 from bilevax.outer._checkpointing import OpenCheckpoints as OpenCheckpoints
@@ -7,7 +8,6 @@ from bilevax.outer._hoag import hoag as hoag
 from bilevax.outer._minimize import minimize as minimize
 from bilevax.outer._result import MinimizeResult as MinimizeResult
 from bilevax.outer._result import Seconds as Seconds
-from bilevax.outer._schedules import Adaptive as Adaptive
 from bilevax.outer._schedules import Constant as Constant
 from bilevax.outer._schedules import Geometric as Geometric
 from bilevax.outer._schedules import Harmonic as Harmonic
