@@ -179,7 +179,7 @@ def _init(
     step: OuterStep, y: PyTree, warm: WarmStart, key: jax.Array, history: int
 ) -> BilevelState:
     y = _project(step, y)
-    dtype = jax.eval_shape(lambda: step.engine_for(key)(y, warm).value).dtype
+    dtype = jax.eval_shape(lambda: step.engine_for(key).value(warm.x, y)).dtype
     infinity, none = jnp.full((), jnp.inf, dtype), jnp.zeros((), jnp.int32)
     return BilevelState(
         y=y,
