@@ -21,8 +21,11 @@ PyTree = Any
 _AIM = 0.5
 # The loosest tolerance: an inner solve that starts cold must at least do something.
 _LOOSEST = 0.3
-# How much a single certificate may change the tolerance.
+# How much a single certificate may change a tolerance.
 _LARGEST_CHANGE = 1e4
+# How much it may loosen one. That is a risk, for the error may grow unseen until the next one; a
+# tolerance that is too tight by more than the second number is loosened by half of the digits.
+_LOOSENING, _FAR_TOO_TIGHT = 1.5, 1e3
 # What becomes of the tolerance where a certificate tells nothing.
 _CAUTION = 0.1
 
@@ -100,11 +103,24 @@ class Adaptive(Schedule):
         rtol, adjoint_rtol = (jnp.clip(each, default_rtol(x), _LOOSEST) for each in state.now)
         return Effort(rtol, adjoint_rtol, certified=step >= state.due)
 
-    def accepts(self, entry: BilevelHistory, certificate: Certificate | None) -> jax.Array:
+    def accepts(
+        self,
+        state: _Memory,
+        step: jax.Array,
+        entry: BilevelHistory,
+        certificate: Certificate | None,
+    ) -> jax.Array:
+        assert certificate is not None
         error, allowed, known = self._judged(entry, certificate)
-        # Half of the digits that `effort` goes down to.
-        can_tighten = entry.rtol > jnp.finfo(entry.rtol.dtype).eps ** 0.375
-        return ~(known & (error > allowed) & can_tighten)
+        bad = (step >= state.due) & ~(known & (error <= allowed)) & (entry.stationarity > 0)
+        # Only what has a tolerance to tighten is worth waiting for, down to half of the digits that
+        # `effort` goes to. An adjoint solve with limits of its own does not follow.
+        adjoint_rtol = jnp.minimum(state.now.adjoint, _LOOSEST)
+        follows = ~(entry.adjoint_residual > 2 * adjoint_rtol)
+        smallest = jnp.finfo(entry.rtol.dtype).eps ** 0.375
+        is_adjoint = certificate.adjoint > certificate.inner
+        tightens = jnp.where(is_adjoint, follows & (adjoint_rtol > smallest), entry.rtol > smallest)
+        return ~(bad & tightens)
 
     def update(
         self,
@@ -127,7 +143,11 @@ class Adaptive(Schedule):
             change = (goal / part).astype(dtype) ** (1 / power)
             change = jnp.clip(change, 1 / _LARGEST_CHANGE, _LARGEST_CHANGE)
             residual = jnp.maximum(residual.astype(dtype), jnp.finfo(dtype).eps)
-            return jnp.where(known & ~jnp.isnan(change), residual * change, _CAUTION * used)
+            tolerance = residual * change
+            excess = tolerance / used
+            slowly = jnp.where(excess > _FAR_TOO_TIGHT, jnp.sqrt(excess), _LOOSENING)
+            tolerance = jnp.minimum(excess, slowly) * used
+            return jnp.where(known & ~jnp.isnan(change), tolerance, _CAUTION * used)
 
         judged = _Tolerances(
             asked(certificate.inner, entry.inner_residual / cold_residual, state.now.x, order),

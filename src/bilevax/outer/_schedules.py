@@ -68,12 +68,16 @@ class Schedule(abc.ABC):
     def effort(self, state: PyTree, step: jax.Array, x: PyTree) -> Effort:
         """Return the effort of the step of that number, counted from 0, for an x like this."""
 
-    def accepts(self, entry: BilevelHistory, certificate: Certificate | None) -> Any:
+    def accepts(
+        self,
+        state: PyTree,
+        step: jax.Array,
+        entry: BilevelHistory,
+        certificate: Certificate | None,
+    ) -> Any:
         """Tell whether y moves by this hypergradient; if not, the step has improved x and v only.
 
-        Args:
-          entry: what the history says of the step.
-          certificate: see `update`.
+        For the arguments see `update`.
         """
         return jnp.ones((), bool)
 

@@ -253,7 +253,7 @@ def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
     outcome = jnp.where(ok, Outcome.RUNNING, Outcome.FAILED).astype(jnp.int32)
     index = state.step % state.history.value.shape[0]
     is_first = state.step == 0
-    moves = step.schedule.accepts(record, certificate)
+    moves = step.schedule.accepts(state.schedule, state.step, record, certificate)
     memory = step.schedule.update(
         state.schedule,
         state.step,

@@ -18,6 +18,9 @@ from bilevax.solvers._line_search import Backtracking, backtrack, evaluate
 PyTree = Any
 
 
+_LOOSEST = 0.3  # relative residual of a linear solve
+
+
 class _Run(NamedTuple):
     scale: jax.Array  # ||F|| at the cold start
     target: jax.Array  # where the run ends
@@ -31,9 +34,10 @@ class Newton(base.Solver):
     By default the linear system is solved inexactly and matrix-free, by CG where F_1 is declared
     positive definite and by GMRES elsewhere, to a relative residual of
     min(0.1, sqrt(||F(x, y)|| / ||F(x0, y)||)): loosely far from the solution, and tightly enough
-    near it for superlinear convergence. Where an exact step would come to the tolerance, the system
-    is solved as accurately as that needs. For a minimum, a direction that does not descend is
-    replaced by the steepest one, so negative curvature slows Newton down but does not fool it.
+    near it for superlinear convergence. Where an exact step would come to a tolerance that is above
+    sqrt(eps), the system is solved as accurately as that needs. For a minimum, a direction that
+    does not descend is replaced by the steepest one, so negative curvature slows Newton down but
+    does not fool it.
 
     Args:
       linear_solver: a `LinearSolver` that is used with its own tolerances, such as `Dense()`;
@@ -103,8 +107,12 @@ class Newton(base.Solver):
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
         optimality = iterate.evaluation.optimality
         norm, run = iterate.residual, iterate.state
-        part, last = norm / run.scale, 0.8 * run.target / norm
-        forcing = jnp.where(last > jnp.minimum(part, 0.1), last, jnp.minimum(jnp.sqrt(part), 0.1))
+        part = norm / run.scale
+        forcing = jnp.minimum(jnp.sqrt(part), 0.1)
+        # To the tolerance and no further, but for one near rounding: more digits cost little then.
+        last = jnp.minimum(0.8 * run.target / norm, _LOOSEST)
+        aims = (norm > run.target) & (run.target > trees.epsilon(iterate.x) ** 0.5 * run.scale)
+        forcing = jnp.where(aims & (last > jnp.minimum(part, 0.1)), last, forcing)
         solver = self._linear_solver(problem, forcing)
         _, jacobian = problem.linearize(iterate.x, y)
         direction = trees.negative(_solve(jacobian, optimality, solver))
