@@ -27,7 +27,7 @@ from bilevax.cli.search import (
 
 # Inner solves end at such a part of the gradient at zero weights: of the grid, in tuning, at last.
 _GRID_RTOL, _RTOL, _FIT_RTOL = 1e-3, 1e-5, 1e-10
-_ADJOINT_RTOL = 1e-2
+_ADJOINT_RTOL = 1e-3
 # Steps by signs suit penalties, whose slopes differ by orders of magnitude: each log-penalty has a
 # step of its own, which grows while its slope keeps its sign. They need no line search.
 _FIRST_STEP, _LONGEST_STEP = 0.3, 2.0
