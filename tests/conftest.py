@@ -31,3 +31,15 @@ def few_memory_maps():
     yield
     if next(_tests) % 20 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Return a function that writes lines to a file."""
+
+    def write(lines, name="data.csv"):
+        path = tmp_path / name
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
+
+    return write

@@ -6,16 +6,6 @@ from bilevax.cli import main
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write(lines, name="data.csv"):
-        path = tmp_path / name
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return path
-
-    return write
-
-
-@pytest.fixture
 def refuse(tmp_path, capsys):
     """Expect exit code 2, one line that says why, and an output folder that is as it was."""
 

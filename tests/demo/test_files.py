@@ -15,16 +15,6 @@ def csv_lines(rows=40, target=lambda i: "yes" if i % 2 else "no"):
     return ["size,age,answer", *(f"{i / 7},{i * i},{target(i)}" for i in range(rows))]
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(lines, name="data.csv"):
-        path = tmp_path / name
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return path
-
-    return write
-
-
 def refuse(path, message, target="answer"):
     """Expect one line that names the file and says what is wrong."""
     with pytest.raises(DataError, match=re.escape(message)) as caught:

@@ -1,4 +1,4 @@
-"""What a user can choose, apart from what works with it: --help needs no JAX and no pandas."""
+"""What a user can choose, apart from what works with it: --help needs no pandas."""
 
 import enum
 

@@ -120,7 +120,7 @@ def value_and_hypergradient(
         `maxiter` and `atol` still bound it. Linear solves without a tolerance of their own follow
         the accuracy.
       certified: whether the report has a certificate of the hypergradient at the tolerance of the
-        solver; its adjoint solves are made to a tenth of that. With `accuracy`, it has one anyway.
+        solver; its linear solves are made to a tenth of that. With `accuracy`, it has one anyway.
       has_aux: whether `outer` returns a pair.
       on_failure: by default results are returned as they are and the report tells; see
         `solution_map`.
