@@ -43,6 +43,7 @@ class LinearOperator:
         A = I - T_1; else None.
       epsilon: relative rounding error of a product; None for that of the least precise leaf of
         `like`.
+      preconditioner: v -> what is near A^{-1} v, for solvers that have none themselves; or None.
     """
 
     matvec: Callable[[PyTree], PyTree]
@@ -50,6 +51,7 @@ class LinearOperator:
     like: PyTree
     complement: Callable[[PyTree], PyTree] | None = None
     epsilon: float | None = None
+    preconditioner: Callable[[PyTree], PyTree] | None = None
 
     @property
     def rounding(self) -> float:
@@ -62,12 +64,18 @@ class LinearOperator:
         if self.structure.is_symmetric:
             return self
 
-        def transposed(function: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
+        def transposed(function: Callable[[PyTree], PyTree] | None) -> Any:
+            if function is None:
+                return None
             transpose = jax.linear_transpose(function, self.like)
             return lambda v: transpose(v)[0]
 
-        complement = None if self.complement is None else transposed(self.complement)
-        return dataclasses.replace(self, matvec=transposed(self.matvec), complement=complement)
+        return dataclasses.replace(
+            self,
+            matvec=transposed(self.matvec),
+            complement=transposed(self.complement),
+            preconditioner=transposed(self.preconditioner),
+        )
 
     def damped(self, damping: Any) -> "LinearOperator":
         """Return the operator A + damping * I."""

@@ -26,6 +26,7 @@ class Separable(Problem):
       structure: what is declared of the Jacobian of each task.
       tasks: the data of all tasks, with a leading axis.
       kind: the class of the problem of one task.
+      preconditioner: the user's function of (x_i, y, v_i, task_i), or None.
     """
 
     tasks: PyTree
@@ -33,15 +34,23 @@ class Separable(Problem):
 
     def task(self, data: PyTree) -> Problem:
         """Return the inner problem of one task."""
-        return self.kind(Partial(_on_task, self.function, data), self.structure)
+        preconditioner = self.preconditioner
+        if preconditioner is not None:
+            preconditioner = Partial(_on_task, preconditioner, data)
+        function = Partial(_on_task, self.function, data)
+        return self.kind(function, self.structure, preconditioner=preconditioner)
 
     def optimality(self, x: PyTree, y: PyTree) -> PyTree:
         return per_task(self, lambda problem, x: problem.optimality(x, y), x)
 
     def hoisted(self, x: PyTree, y: PyTree) -> "Separable":
         self._check_axis(x)
-        function = hoist(self.function, _first(x), y, _first(self.tasks))
-        return dataclasses.replace(self, function=function)
+        x, task = _first(x), _first(self.tasks)
+        preconditioner = self.preconditioner
+        if preconditioner is not None:
+            preconditioner = hoist(preconditioner, x, y, x, task)
+        function = hoist(self.function, x, y, task)
+        return dataclasses.replace(self, function=function, preconditioner=preconditioner)
 
     def check(self, x: PyTree, y: PyTree) -> None:
         checks.inner_variable(x)
@@ -73,7 +82,7 @@ def separable(problem: Problem, tasks: PyTree) -> Separable:
 
     Args:
       problem: `minimum(f)`, `root(F)` or `fixed_point(T)` of a function of three arguments,
-        (x_i, y, task_i).
+        (x_i, y, task_i); a preconditioner takes (x_i, y, v_i, task_i).
       tasks: the data of all tasks, a pytree of arrays with a common leading axis. Gradients through
         a `solution_map` reach it, as they reach whatever a function closes over; that of an engine
         is with respect to y alone.
@@ -119,7 +128,13 @@ def separable(problem: Problem, tasks: PyTree) -> Separable:
             f"got {checks.describe(tasks)}."
         )
     tasks = trees.as_arrays(tasks)
-    return Separable(problem.function, problem.structure, tasks, type(problem))
+    return Separable(
+        problem.function,
+        problem.structure,
+        tasks,
+        type(problem),
+        preconditioner=problem.preconditioner,
+    )
 
 
 def per_task(problem: Problem, function: Callable[..., PyTree], *stacked: PyTree) -> PyTree:
@@ -157,8 +172,8 @@ def not_separable(problem: Problem) -> None:
         )
 
 
-def _on_task(function: Partial, data: PyTree, x: PyTree, y: PyTree) -> PyTree:
-    return function(x, y, data)
+def _on_task(function: Partial, data: PyTree, *arguments: PyTree) -> PyTree:
+    return function(*arguments, data)
 
 
 def _count(tasks: PyTree) -> int:

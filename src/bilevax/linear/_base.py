@@ -60,6 +60,12 @@ class LinearSolver(abc.ABC):
             return dataclasses.replace(self, rtol=rtol)  # type: ignore[type-var]
         return self
 
+    def with_default_preconditioner(self, preconditioner: Any) -> "LinearSolver":
+        """Return this solver with a preconditioner near A^{-1} if it takes one and has none."""
+        if preconditioner is None or getattr(self, "preconditioner", self) is not None:
+            return self
+        return dataclasses.replace(self, preconditioner=preconditioner)  # type: ignore[type-var]
+
     def with_steps(self, steps: Any) -> "LinearSolver":
         """Return this solver with exactly so many steps and no tolerance.
 

@@ -73,6 +73,9 @@ class NormalCG(base.LinearSolver):
     def __post_init__(self) -> None:
         base.check_numbers(self)
 
+    def with_default_preconditioner(self, preconditioner: Any) -> base.LinearSolver:
+        return self  # what is near A^{-1} is not near (A^T A)^{-1}
+
     def with_steps(self, steps: Any) -> base.LinearSolver:
         return dataclasses.replace(self, rtol=0.0, atol=0.0, maxiter=steps)
 

@@ -49,7 +49,10 @@ def pull_tasks(
     total = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), (functions, ys))
     function, cotangent_y = jax.tree.map(_with_float0, total, (problem.function, y))
     tasks = jax.tree.map(_with_float0, tasks, problem.tasks)
-    return dataclasses.replace(problem, function=function, tasks=tasks), cotangent_y, report
+    cotangents = dataclasses.replace(
+        problem, function=function, tasks=tasks, preconditioner=_without_effect(problem)
+    )
+    return cotangents, cotangent_y, report
 
 
 def push_tasks(
@@ -72,10 +75,17 @@ def push_tasks(
         _, data = problem.function.args
         tangent_data = jax.tree.map(_with_float0, tangent_data, data)
         tangent_function = Partial(problem.function.func, function, tangent_data)
-        tangent_problem = dataclasses.replace(problem, function=tangent_function)
+        tangent_problem = dataclasses.replace(
+            problem, function=tangent_function, preconditioner=_without_effect(problem)
+        )
         return push(problem, x, y, (tangent_problem, tangent_y), settings)
 
     return per_task(problem, one, x, tangent_tasks)
+
+
+def _without_effect(problem: Problem) -> Partial | None:
+    """Return zeros like the preconditioner, on which no solution depends."""
+    return jax.tree.map(jax.custom_derivatives.zero_from_primal, problem.preconditioner)
 
 
 # Batched arrays of float0 are beyond `jax.vmap`.
