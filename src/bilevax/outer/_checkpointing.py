@@ -11,7 +11,7 @@ class Identity(NamedTuple):
 
     Attributes:
       start: numbers at the start of the run: g(x0, y0), and the inner products of g_1(x0, y0),
-        F(x0, y0) and y0 with random vectors.
+        F(x0, y0) and y0 with a fixed vector.
       shapes: by the path of each leaf of the state, its dtype and shape, such as "float32[3, 2]".
     """
 

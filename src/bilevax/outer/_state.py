@@ -110,7 +110,7 @@ class BilevelState(NamedTuple):
       warm: the `WarmStart` of the next hypergradient: inner solution, adjoint, cold start.
       step: the number of steps taken, int32.
       schedule: what the inexactness schedule remembers: tolerances.
-      key: a PRNG key, split once a step.
+      key: a PRNG key, split once a step by an engine that takes one.
       history: a `BilevelHistory` of the last steps.
       best: the `Best` point so far.
       milestone: a `Milestone`, for stopping at a plateau.

@@ -208,7 +208,9 @@ def _step(step: OuterStep, state: BilevelState) -> BilevelState:
 
 def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
     """Take a step from a running state."""
-    key, drawn = jax.random.split(state.key)
+    # Random numbers take long to compile.
+    is_random = not isinstance(step.engine, Engine)
+    key, drawn = jax.random.split(state.key) if is_random else (state.key, state.key)
     engine, y, warm = step.engine_for(drawn), state.y, state.warm
     if not step.warm_x:
         warm = warm._replace(x=warm.start)
@@ -276,7 +278,11 @@ def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
     return kept._replace(
         key=key,
         step=state.step + 1,
-        history=jax.tree.map(lambda ring, new: ring.at[index].set(new), state.history, record),
+        history=jax.tree.map(
+            lambda ring, new: jax.lax.dynamic_update_index_in_dim(ring, new, index, 0),
+            state.history,
+            record,
+        ),
         outcome=outcome,
     )
 
