@@ -36,13 +36,13 @@ from bilevax.cli import folds as splits
 from bilevax.cli import tuning
 from bilevax.cli.choices import RULES, Kind
 from bilevax.cli.data import Data, as_rows, standardise
-from bilevax.cli.model import Rows, Weights
+from bilevax.cli.model import Rows
 from bilevax.cli.report import loss_unit
 from bilevax.cli.search import BATCH, Evaluator
 
 OUTPUT = Path(__file__).parent / "output" / "tuning"
 GRID = np.logspace(2, -6, 100)
-FOLDS, ACCURACY, STEPS = 5, 1e-2, 200
+FOLDS, ACCURACY, STEPS = 5, 1e-2, 500
 
 
 class Problem(NamedTuple):
@@ -74,7 +74,7 @@ def load(name: str) -> Problem:
 
 
 def run_ours(problem: Problem) -> dict[str, Any]:
-    features = np.asarray(problem.rows.features)
+    features = problem.rows.features
     began = time.perf_counter()
     folds = splits.cross_validation(features, problem.held_out)
     evaluator = Evaluator(problem.rows, folds, splits.everything(features, len(features)))
@@ -100,7 +100,7 @@ def run_ours(problem: Problem) -> dict[str, Any]:
     for k in range(0, len(GRID), BATCH):
         found = evaluator.evaluate(logs[k : k + BATCH], 1e-8, weights)
         losses.append(found.mean.min())
-        weights = Weights(*(leaf[-1] for leaf in found.weights))
+        weights = found.weights[-1]
     return {
         "tuned": problem.unit * float(tuned.losses.mean[1]),
         "grid": problem.unit * float(min(losses)),
@@ -112,7 +112,7 @@ def run_ours(problem: Problem) -> dict[str, Any]:
 
 
 def run_sklearn(problem: Problem) -> dict[str, Any]:
-    features, everything = np.asarray(problem.rows.features), np.arange(len(problem.target))
+    features, everything = problem.rows.features, np.arange(len(problem.target))
     cv = [(np.setdiff1d(everything, rows), rows) for rows in problem.held_out]
     alphas = GRID * len(features) * (1 - 1 / FOLDS)
     began = time.perf_counter()
@@ -152,7 +152,7 @@ def main() -> int:
             flush=True,
         )
         if problem.kind is Kind.MULTINOMIAL:
-            folds = splits.cross_validation(np.asarray(problem.rows.features), problem.held_out)
+            folds = splits.cross_validation(problem.rows.features, problem.held_out)
             bare = tuning_by_hand.seconds(problem.rows, folds, result["steps"])
             result["bare"] = bare
             print(f"  {'bare':12} compilation {bare[0]:.2f} s, steps {bare[1]:.2f} s", flush=True)

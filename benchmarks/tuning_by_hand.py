@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax.cli.folds import Folds
-from bilevax.cli.model import Rows, Weights, penalised_loss, row_losses
+from bilevax.cli.model import Rows, penalised_loss, row_losses, zero_weights
 
 PRODUCTS = 20, 10  # in an inner and in an adjoint solve
 MOVE = 0.3
@@ -22,15 +22,14 @@ MOVE = 0.3
 
 def seconds(rows: Rows, folds: Folds, steps: int) -> tuple[float, float]:
     """Return the time of tracing and compiling, and that of so many steps."""
-    tasks, (features, columns) = len(folds.train), (rows.features.shape[1], rows.target.shape[1])
-    zero = Weights(jnp.zeros((tasks, features, columns)), jnp.zeros((tasks, columns)))
+    zero = jnp.asarray(zero_weights(len(folds.train), rows))
 
-    def inner(weights: Weights, y: jax.Array) -> jax.Array:
+    def inner(weights: jax.Array, y: jax.Array) -> jax.Array:
         penalties = jnp.exp(y) * folds.variance
         each = jax.vmap(lambda w, p, share: penalised_loss(w, p, rows, share))
         return jnp.sum(each(weights, penalties, jnp.asarray(folds.train)))
 
-    def outer(weights: Weights) -> jax.Array:
+    def outer(weights: jax.Array) -> jax.Array:
         losses = jax.vmap(lambda w: row_losses(w, rows))(weights)
         return jnp.mean(jnp.sum(losses * folds.held_out, axis=1))
 
@@ -46,7 +45,7 @@ def seconds(rows: Rows, folds: Folds, steps: int) -> tuple[float, float]:
         slope = jax.grad(lambda y: _dot(gradient(weights, y), adjoint))(y)
         return weights, adjoint, y + MOVE * jnp.sign(slope)
 
-    start = zero, zero, jnp.full(features, -7.0)
+    start = zero, zero, jnp.full(len(rows.design) - 1, -7.0)
     began = time.perf_counter()
     run = jax.jit(lambda carry, count: jax.lax.fori_loop(0, count, lambda _, c: step(c), carry))
     compiled = run.lower(start, np.int64(1)).compile()

@@ -12,12 +12,12 @@ from sklearn.preprocessing import StandardScaler
 import bilevax as bx
 from bilevax.cli import folds as splits
 from bilevax.cli.choices import RULES, Kind
-from bilevax.cli.coordinates import curvatures, to_point, to_weights, zero_points
 from bilevax.cli.data import Data, as_rows, standardise
 from bilevax.cli.fitted import make_fitted
-from bilevax.cli.model import Weights, row_losses, score_basis, score_curvatures, zero_weights
+from bilevax.cli.model import score_basis, zero_weights
+from bilevax.cli.preconditioner import curvatures, inverses
 from bilevax.cli.report import loss_unit
-from bilevax.cli.search import Evaluator
+from bilevax.cli.search import Evaluator, inner_problem
 from bilevax.cli.tuning import make_engine
 
 FOLDS = 3
@@ -56,8 +56,7 @@ class Case:
 
     def fit(self, log_penalties):
         losses = self.evaluator.evaluate(log_penalties[None], 1e-12)
-        weights = Weights(*(leaf[0, -1] for leaf in losses.weights))
-        penalties = np.exp(log_penalties)
+        penalties, weights = np.exp(log_penalties), losses.weights[0, -1]
         return losses, make_fitted(
             self.kind, "t", self.data, self.scaling, self.rows, penalties, weights
         )
@@ -113,7 +112,7 @@ def test_penalties_of_ridge_give_the_closed_form():
     case = Case(Kind.RIDGE)
     penalties = np.array([1e-4, 0.1, 10.0, 0.5])
     _, model = case.fit(np.log(penalties))
-    features, target = np.asarray(case.rows.features), np.asarray(case.rows.target)[:, 0]
+    features, target = case.rows.features, case.rows.target[0]
     expected = np.linalg.solve(
         features.T @ features / 50 + np.diag(penalties), features.T @ target / 50
     )
@@ -133,7 +132,7 @@ def test_the_hypergradient_is_that_of_differences(case, rule):
 
     @jax.jit
     def evaluate(y):
-        result = engine(y, bx.cold_start(zero_points(FOLDS, case.rows)))
+        result = engine(y, bx.cold_start(weights))
         return result.value, result.gradient
 
     gradient = np.asarray(evaluate(y)[1])
@@ -146,45 +145,70 @@ def test_the_hypergradient_is_that_of_differences(case, rule):
     np.testing.assert_allclose(evaluate(y)[0], loss, rtol=1e-9)
 
 
-def test_in_the_coordinates_of_ridge_the_hessian_is_the_identity():
-    case = Case(Kind.RIDGE)
-    penalties = np.array([1e-4, 0.1, 10.0, 0.5])
-    matrix = curvatures(case.rows, case.folds, zero_weights(FOLDS, case.rows))[0]
-    features, share = np.asarray(case.rows.features), case.folds.train[0]
-    extended = np.concatenate([features, np.ones((50, 1))], axis=1)
-    hessian = (extended * share[:, None]).T @ extended + np.diag([*penalties, 0])
-
-    def extended_weights(point):
-        return jnp.append(*to_weights(point[:, None], matrix, penalties))
-
-    to = jax.jacobian(extended_weights)(jnp.ones(5))
-    np.testing.assert_allclose(to.T @ hessian @ to, np.eye(5), atol=1e-9)
+def dense_hessian(case, fold, weights, penalties):
+    """Return the Hessian of one fold at weights, by JAX."""
+    problem = inner_problem(case.rows, case.folds, np.zeros(()), np.arange(4))
+    task = problem.task(jax.tree.map(lambda leaf: leaf[fold], problem.tasks))
+    hessian = jax.hessian(lambda flat: task.function(flat.reshape(weights.shape), penalties))
+    return np.asarray(hessian(weights.ravel()))
 
 
-def test_coordinates_of_weights_and_back(case):
+def test_curvatures_are_those_of_single_classes(case):
     rng = np.random.default_rng(1)
-    columns = case.rows.target.shape[1]
-    weights = Weights(rng.normal(size=(4, columns)), rng.normal(size=columns))
-    stacked = Weights(*(np.stack([leaf] * FOLDS) for leaf in weights))
-    matrix = curvatures(case.rows, case.folds, stacked)[1]
-    penalties = np.array([1e-5, 1e3, 1.0, 0.1])
-    back = to_weights(to_point(weights, matrix, penalties), matrix, penalties)
-    for one, other in zip(back, weights, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-8)
+    weights = rng.normal(size=zero_weights(FOLDS, case.rows).shape)
+    found = curvatures(case.rows, case.folds, weights)
+    basis = np.ones((1, 1)) if case.rows.basis is None else case.rows.basis
+
+    def loss(logit, fold, c):  # of each row, with one logit moved
+        moved = basis @ weights[fold] @ case.rows.design
+        if case.rows.basis is None:
+            return 0.5 * (moved[0] + logit - case.rows.target[0]) ** 2
+        moved = jnp.asarray(moved).at[c].add(logit)
+        return jax.nn.logsumexp(moved, axis=0) - jnp.sum(moved * case.rows.target, axis=0)
+
+    for c in range(len(basis)):
+        expected = 0.0
+        for fold in range(FOLDS):
+            curvature = jax.jacfwd(jax.jacfwd(lambda z, fold=fold, c=c: loss(z, fold, c)))(0.0)
+            shares = case.folds.train[fold] * np.asarray(curvature) / FOLDS
+            expected = expected + (case.rows.design * shares) @ case.rows.design.T
+        np.testing.assert_allclose(found[c], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_curvatures_of_scores_are_second_derivatives(case):
-    columns = case.rows.target.shape[1]
-    weights = Weights(np.full((4, columns), 0.3), np.arange(columns) / 10)
+@pytest.mark.parametrize("penalties", [[0.01] * 4, [1e-5, 1e3, 1.0, 0.1]])
+def test_preconditioned_hessians_are_near_the_identity(case, penalties):
+    """For ridge and two classes at the weights of a fit; for more classes by a factor."""
+    logs = np.log(penalties)
+    weights = case.evaluator.evaluate(logs[None], 1e-10).weights[0, :-1]
+    everything = case.folds._replace(
+        train=np.full((1, 50), 0.02), variance=np.ones((1, 4)), held_out=np.zeros((1, 50))
+    )
+    matrices = curvatures(case.rows, everything, weights[:1])
+    problem = inner_problem(case.rows, everything, matrices, np.arange(4))
+    task = problem.task(jax.tree.map(lambda leaf: leaf[0], problem.tasks))
+    shape = weights[0].shape
 
-    def loss(shift):  # of the scores
-        return jnp.sum(
-            row_losses(weights._replace(intercepts=weights.intercepts + shift), case.rows)
-        )
+    def product(flat):  # P^{-1} H v
+        jacobian = task.linearize(weights[0], logs)[1]
+        return jacobian.preconditioner(jacobian.matvec(flat.reshape(shape))).ravel()
 
-    found = score_curvatures(weights, case.rows)
-    expected = jnp.trace(jax.hessian(loss)(jnp.zeros(columns))) / columns
-    np.testing.assert_allclose(found.sum(), expected, rtol=1e-9)
+    matrix = jax.vmap(product)(np.eye(weights[0].size)).T
+    values = np.linalg.eigvals(matrix).real
+    if case.kind is Kind.MULTINOMIAL:
+        assert 0.3 < values.min() < values.max() < 3
+    else:
+        np.testing.assert_allclose(values, 1, rtol=0.02)
+
+
+def test_inverses_by_sweeps_are_those_of_numpy():
+    rng = np.random.default_rng(0)
+    factors = rng.normal(size=(3, 20, 30))
+    matrices = factors @ factors.transpose(0, 2, 1) / 30 + np.diag(np.logspace(-5, 3, 20))
+    expected = np.linalg.inv(matrices)
+    scale = np.sqrt(np.einsum("cii,cjj->cij", expected, expected))
+    for block in (1, 16, 20):
+        found = inverses(jnp.asarray(matrices), block)
+        assert np.max(np.abs(found - expected) / scale) < 1e-12
 
 
 def test_the_basis_is_orthonormal_and_sums_to_zero():
@@ -206,15 +230,15 @@ def test_folds_hold_out_each_row_once_and_each_class_in_equal_shares():
 
 def test_a_feature_that_does_not_vary_in_a_fold_has_weight_zero_there():
     case = Case(Kind.RIDGE)
-    features = np.array(case.rows.features)
-    features[:, 2] = 0.3
-    features[case.held_out[1], 2] = 1.0  # varies in what fold 1 holds out, and in no other row
-    folds = splits.cross_validation(features, case.held_out)
+    design = case.rows.design.copy()
+    design[2] = 0.3
+    design[2, case.held_out[1]] = 1.0  # varies in what fold 1 holds out, and in no other row
+    rows = case.rows._replace(design=design)
+    folds = splits.cross_validation(rows.features, case.held_out)
     assert folds.variance[1, 2] == 1.0
-    rows = case.rows._replace(features=features)
-    evaluator = Evaluator(rows, folds, splits.everything(features, 50))
+    evaluator = Evaluator(rows, folds, splits.everything(rows.features, 50))
     losses = evaluator.evaluate(np.full((1, 4), np.log(1e-3)), 1e-12)
-    np.testing.assert_allclose(losses.weights.coefficients[0, 1, 2], 0, atol=1e-10)
+    np.testing.assert_allclose(losses.weights[0, 1, 0, 2], 0, atol=1e-10)
     assert losses.status[0] == bx.Status.CONVERGED
 
 

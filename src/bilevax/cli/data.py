@@ -196,11 +196,13 @@ def standardise(data: Data) -> Scaling:
 def as_rows(data: Data, scaling: Scaling, kind: Kind) -> Rows:
     """Return the standardised rows, as the losses take them."""
     features = (data.features - scaling.means) / scaling.scales
+    design = np.concatenate([features.T, np.ones((1, len(features)))])
     if data.classes is None:
         target = (data.target - scaling.target_mean) / scaling.target_scale
-        return Rows(features, target[:, None], None)
-    basis = score_basis(kind, len(data.classes))
-    return Rows(features, basis[data.target], basis)
+        return Rows(design, target[None], None)
+    classes = np.arange(len(data.classes))
+    target = (classes[:, None] == data.target).astype(np.float64)
+    return Rows(design, target, score_basis(kind, len(classes)))
 
 
 def _target(table: Table, target: str | None) -> pd.Series:

@@ -12,7 +12,7 @@ from scipy.special import softmax
 from bilevax._frontend.words import DataError, quote
 from bilevax.cli.choices import Kind
 from bilevax.cli.data import Data, Scaling
-from bilevax.cli.model import Rows, Weights
+from bilevax.cli.model import Rows
 
 _FORMAT = "bilevax model 1"
 
@@ -72,13 +72,11 @@ def make_fitted(
     scaling: Scaling,
     rows: Rows,
     penalties: np.ndarray,
-    weights: Weights,
+    weights: np.ndarray,
 ) -> Fitted:
     """Return a model from weights of one task."""
-    coefficients, intercepts = np.asarray(weights.coefficients).T, np.asarray(weights.intercepts)
     if kind is Kind.MULTINOMIAL and rows.basis is not None:
-        basis = np.asarray(rows.basis)
-        coefficients, intercepts = basis @ coefficients, basis @ intercepts
+        weights = rows.basis @ weights
     return Fitted(
         kind,
         target,
@@ -87,8 +85,8 @@ def make_fitted(
         data.dropped,
         scaling,
         penalties,
-        coefficients,
-        intercepts,
+        weights[:, :-1],
+        weights[:, -1],
     )
 
 

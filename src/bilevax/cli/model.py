@@ -1,4 +1,9 @@
-"""The models: a loss per row, and the inner objective with its penalties."""
+"""The models: a loss per row, and the inner objective with its penalties.
+
+The inner variable are weights, (columns, features + 1): a row for each score, with the coefficients
+of standardised features and, in the last place, the intercept. Rows of data are the last axis of
+all arrays here, which makes products with them fast.
+"""
 
 from typing import NamedTuple
 
@@ -9,31 +14,24 @@ import numpy as np
 from bilevax.cli.choices import Kind
 
 
-class Weights(NamedTuple):
-    """The inner variable, in units of standardised features.
-
-    Attributes:
-      coefficients: (features, columns).
-      intercepts: (columns,), without penalty.
-    """
-
-    coefficients: jax.Array
-    intercepts: jax.Array
-
-
 class Rows(NamedTuple):
     """All rows, as the losses take them.
 
     Attributes:
-      features: (rows, features), standardised.
-      target: (rows, columns). For ridge the standardised target. For classes the direction in which
-        the scores raise the right one, basis[class].
+      design: (features + 1, rows), standardised features, and ones for the intercept.
+      target: (1, rows), the standardised target of ridge; (classes, rows), one for the class of a
+        row, elsewhere zero.
       basis: (classes, columns), by which scores become logits; None for ridge.
     """
 
-    features: jax.Array | np.ndarray
-    target: jax.Array | np.ndarray
-    basis: jax.Array | np.ndarray | None
+    design: np.ndarray
+    target: np.ndarray
+    basis: np.ndarray | None
+
+    @property
+    def features(self) -> np.ndarray:
+        """The standardised features, (rows, features)."""
+        return self.design[:-1].T
 
 
 def score_basis(kind: Kind, classes: int) -> np.ndarray:
@@ -50,45 +48,34 @@ def score_basis(kind: Kind, classes: int) -> np.ndarray:
     return np.linalg.qr(spanning)[0][:, 1:]
 
 
-def row_losses(weights: Weights, rows: Rows) -> jax.Array:
+def row_losses(weights: jax.Array, rows: Rows) -> jax.Array:
     """Return the loss of each row: half the squared error, or the cross entropy."""
-    scores = rows.features @ weights.coefficients + weights.intercepts
     if rows.basis is None:
-        return 0.5 * jnp.sum((scores - rows.target) ** 2, axis=1)
-    logits = scores @ rows.basis.T
-    return jax.nn.logsumexp(logits, axis=1) - jnp.sum(scores * rows.target, axis=1)
-
-
-def score_curvatures(weights: Weights, rows: Rows) -> np.ndarray:
-    """Return the second derivative of the loss of each row in its scores, the mean over columns."""
-    if rows.basis is None:
-        return np.ones(len(rows.features))
-    logits = (rows.features @ weights.coefficients + weights.intercepts) @ rows.basis.T
-    probabilities = np.exp(logits - np.max(logits, axis=1, keepdims=True))
-    probabilities /= probabilities.sum(axis=1, keepdims=True)
-    variances = probabilities @ rows.basis**2 - (probabilities @ rows.basis) ** 2
-    return variances.mean(axis=1)
+        return 0.5 * jnp.sum((weights @ rows.design - rows.target) ** 2, axis=0)
+    logits = (rows.basis @ weights) @ rows.design
+    return jax.nn.logsumexp(logits, axis=0) - jnp.sum(logits * rows.target, axis=0)
 
 
 def penalised_loss(
-    weights: Weights, penalties: jax.Array, rows: Rows, share: jax.Array
+    weights: jax.Array, penalties: jax.Array, rows: Rows, share: jax.Array
 ) -> jax.Array:
     """Return the inner objective of one fold.
 
-        f(w) = sum_i share_i loss_i(w) + 1/2 sum_jk penalty_j w_jk^2
+        f(w) = sum_i share_i loss_i(w) + 1/2 sum_kj penalty_j w_kj^2
 
     Args:
-      weights: w.
+      weights: w; the intercepts have no penalty.
       penalties: (features,), each times the variance of its feature in the training rows. To
         standardise by those rows would be to shift the features, which the intercept undoes, and
         to scale them, which is to scale the penalty.
       rows: all rows; which of them train is in the shares, so that all folds have one shape.
       share: (rows,), one over the number of training rows, or zero.
     """
-    return share @ row_losses(weights, rows) + 0.5 * penalties @ jnp.sum(weights.coefficients**2, 1)
+    coefficients = weights[:, :-1]
+    return share @ row_losses(weights, rows) + 0.5 * jnp.sum(coefficients**2 @ penalties)
 
 
-def zero_weights(tasks: int, rows: Rows) -> Weights:
+def zero_weights(tasks: int, rows: Rows) -> np.ndarray:
     """Return where first inner solves start, for some tasks."""
-    features, columns = rows.features.shape[1], rows.target.shape[1]
-    return Weights(np.zeros((tasks, features, columns)), np.zeros((tasks, columns)))  # type: ignore[arg-type]
+    columns = 1 if rows.basis is None else rows.basis.shape[1]
+    return np.zeros((tasks, columns, len(rows.design)))

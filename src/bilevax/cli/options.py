@@ -180,7 +180,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     add(
         "--steps",
         type=at_least(1),
-        default=200,
+        default=500,
         metavar="N",
         help="steps at most, with those before a --resume (default: %(default)s)",
     )

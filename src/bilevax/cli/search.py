@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevax as bx
-from bilevax.cli.coordinates import curvatures, to_point, to_weights, zero_points
 from bilevax.cli.folds import Folds
-from bilevax.cli.model import Rows, Weights, penalised_loss, row_losses, zero_weights
+from bilevax.cli.model import Rows, penalised_loss, row_losses, zero_weights
+from bilevax.cli.preconditioner import curvatures, precondition
 
 GRID = np.logspace(2, -5, 20)  # single penalties, from strong to weak
 BATCH = 10  # penalties in one call of the compiled program
@@ -23,12 +23,13 @@ class Losses(NamedTuple):
     Attributes:
       folds: (penalties, folds), the mean loss of the held-out rows.
       status: the worst `Status` of the solves.
-      weights: those of each fold, and of all training rows in the last place.
+      weights: (penalties, folds + 1, columns, features + 1), those of each fold, and in the last
+        place those of all training rows.
     """
 
     folds: np.ndarray
     status: np.ndarray
-    weights: Weights
+    weights: np.ndarray
 
     @property
     def mean(self) -> np.ndarray:
@@ -44,29 +45,23 @@ def inner_problem(
     Args:
       rows: all rows.
       folds: which rows train.
-      curvatures: of each fold, for the coordinates of the inner variable.
+      curvatures: of the classes, for the preconditioner.
       index: (features,), the entry of the log-penalties that is that of a feature.
     """
 
-    def train_loss(point: jax.Array, log_penalties: jax.Array, task: Any) -> jax.Array:
-        share, variance, curvature = task
-        penalties = jnp.exp(log_penalties[index]) * variance
-        weights = to_weights(point, curvature, penalties)
-        return penalised_loss(weights, penalties, rows, share)
+    def train_loss(weights: jax.Array, log_penalties: jax.Array, task: Any) -> jax.Array:
+        share, variance = task
+        return penalised_loss(weights, jnp.exp(log_penalties[index]) * variance, rows, share)
 
-    tasks = (folds.train, folds.variance, curvatures)
-    return bx.separable(bx.minimum(train_loss), tasks=tasks)
+    def near_inverse(_: Any, log_penalties: jax.Array, vector: jax.Array, task: Any) -> jax.Array:
+        penalties = jnp.exp(log_penalties[index]) * folds.variance.mean(axis=0)
+        return precondition(vector, curvatures, penalties, rows)
 
-
-def all_weights(
-    points: jax.Array, log_penalties: jax.Array, folds: Folds, curvatures: np.ndarray | jax.Array
-) -> Weights:
-    """Return the weights of all folds; there is one log-penalty for each feature."""
-    penalties = jnp.exp(log_penalties) * folds.variance
-    return jax.vmap(to_weights)(points, jnp.asarray(curvatures), penalties)
+    problem = bx.minimum(train_loss, preconditioner=near_inverse)
+    return bx.separable(problem, tasks=(folds.train, folds.variance))
 
 
-def held_out_losses(weights: Weights, rows: Rows, folds: Folds) -> jax.Array:
+def held_out_losses(weights: jax.Array, rows: Rows, folds: Folds) -> jax.Array:
     """Return the mean loss of the rows that each fold holds out."""
     losses = jax.vmap(lambda w: row_losses(w, rows))(weights)
     return jnp.sum(losses * folds.held_out, axis=1)
@@ -87,7 +82,7 @@ class Evaluator:
         self.seconds = self.compile_seconds = 0.0
 
     def evaluate(
-        self, log_penalties: np.ndarray, rtol: float, start: Weights | None = None
+        self, log_penalties: np.ndarray, rtol: float, start: np.ndarray | None = None
     ) -> Losses:
         """Return the losses of some log-penalties.
 
@@ -109,25 +104,21 @@ class Evaluator:
             self.compile_seconds = time.perf_counter() - began
         folds, status, weights = jax.device_get(self._program(*arguments))
         self.seconds += time.perf_counter() - began
-        kept = Weights(*(leaf[:count] for leaf in weights))
-        return Losses(folds[:count, :-1], status[:count], kept)
+        return Losses(folds[:count, :-1], status[:count], weights[:count])
 
     def _scan(
-        self, start: Weights, curvatures: jax.Array, log_penalties: jax.Array, rtol: jax.Array
+        self, start: jax.Array, curvatures: jax.Array, log_penalties: jax.Array, rtol: jax.Array
     ) -> Any:
-        features = self._rows.features.shape[1]
-        problem = inner_problem(self._rows, self._all, curvatures, np.arange(features))
-        zero = zero_points(len(self._all.train), self._rows)
+        index = np.arange(log_penalties.shape[1])
+        problem = inner_problem(self._rows, self._all, curvatures, index)
+        # Relative to the gradient at a warm start, which is small, solves would be far more
+        # accurate than they need to be. At zero weights penalties do not matter.
+        zero = zero_weights(len(self._all.train), self._rows)
+        squares = jnp.sum(problem.optimality(zero, log_penalties[0]) ** 2, axis=(1, 2))
+        solver = bx.Newton(rtol=0.0, atol=rtol * jnp.sqrt(jnp.min(squares)))
 
-        def step(weights: Weights, log_penalties: jax.Array) -> Any:
-            # Relative to the gradient at a warm start, which is small, solves would be far more
-            # accurate than they need to be.
-            squares = jnp.sum(problem.optimality(zero, log_penalties) ** 2, axis=(1, 2))
-            solver = bx.Newton(rtol=0.0, atol=rtol * jnp.sqrt(jnp.min(squares)))
-            penalties = jnp.exp(log_penalties) * self._all.variance
-            points = jax.vmap(to_point)(weights, curvatures, penalties)
-            points, report = bx.solution_map(problem, solver).with_report(points, log_penalties)
-            weights = all_weights(points, log_penalties, self._all, curvatures)
+        def step(weights: jax.Array, log_penalties: jax.Array) -> Any:
+            weights, report = bx.solution_map(problem, solver).with_report(weights, log_penalties)
             losses = held_out_losses(weights, self._rows, self._all)
             return weights, (losses, report.status.max(), weights)
 

@@ -29,7 +29,7 @@ from bilevax.cli.data import (
 from bilevax.cli.files import read_table
 from bilevax.cli.fitted import make_fitted, to_json
 from bilevax.cli.identity import check_same, identify
-from bilevax.cli.model import Rows, Weights
+from bilevax.cli.model import Rows
 from bilevax.cli.page import write_page
 from bilevax.cli.penalties import Penalties, read_penalties
 from bilevax.cli.search import Evaluator
@@ -115,7 +115,7 @@ def _read(options: argparse.Namespace) -> _Task:
             target=np.concatenate([data.target, extra.target]),
         )
     rows = as_rows(data, scaling, kind)
-    features = np.asarray(rows.features)
+    features = rows.features
     if options.validation is not None:
         folds = splits.one_split(features, training)
     else:
@@ -148,7 +148,7 @@ def _run(options: argparse.Namespace, task: _Task, identity: str, began: float) 
       DataError: if the folder cannot be used.
       KeyboardInterrupt: if a signal ended it.
     """
-    everything = splits.everything(np.asarray(task.rows.features), task.training)
+    everything = splits.everything(task.rows.features, task.training)
     evaluator = Evaluator(task.rows, task.folds, everything)
     index = task.penalties.positions
     grid = tuning.search_grid(evaluator, len(index))
@@ -171,8 +171,7 @@ def _run(options: argparse.Namespace, task: _Task, identity: str, began: float) 
     if run.outcome is bx.Outcome.INTERRUPTED:
         raise KeyboardInterrupt
     tuned = tuning.finish(evaluator, index, grid, run)
-    last = Weights(*(leaf[1, -1] for leaf in tuned.losses.weights))
-    penalties = tuned.penalties[index]
+    last, penalties = tuned.losses.weights[1, -1], tuned.penalties[index]
     model = make_fitted(
         task.kind, options.target, task.data, task.scaling, task.rows, penalties, last
     )

@@ -1,7 +1,7 @@
 """Tuning: a grid over one penalty, then steps on hypergradients of all of them."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +12,24 @@ import optax.projections
 import bilevax as bx
 from bilevax.checkpoints import Checkpoints
 from bilevax.cli.choices import HIGHEST, LOWEST
-from bilevax.cli.coordinates import curvatures, zero_points
 from bilevax.cli.folds import Folds
-from bilevax.cli.model import Rows, Weights
+from bilevax.cli.model import Rows, zero_weights
+from bilevax.cli.preconditioner import curvatures
 from bilevax.cli.search import (
     BATCH,
     GRID,
     Evaluator,
     Losses,
-    all_weights,
     held_out_losses,
     inner_problem,
 )
 
 # Inner solves end at such a part of the gradient at zero weights: of the grid, in tuning, at last.
-_GRID_RTOL, _RTOL, _FIT_RTOL = 1e-3, 1e-5, 1e-10
+_GRID_RTOL, _RTOL, _FIT_RTOL = 1e-5, 1e-5, 1e-10
 _ADJOINT_RTOL = 1e-3
-# Steps by signs suit penalties, whose slopes differ by orders of magnitude: each log-penalty has a
-# step of its own, which grows while its slope keeps its sign. They need no line search.
-_FIRST_STEP, _LONGEST_STEP = 0.3, 2.0
+# Adam suits penalties, whose slopes differ by orders of magnitude, and needs no line search. Its
+# memory is short: a step changes the landscape for the next ones.
+_STEP_SIZE, _MOMENTUM = 0.5, 0.8
 _HISTORY = 1000  # steps; not as many as asked for, which may be more in a run that goes on
 
 
@@ -47,7 +46,7 @@ class Grid(NamedTuple):
     penalties: np.ndarray
     losses: np.ndarray
     best: float
-    weights: Weights
+    weights: np.ndarray
 
 
 class Tuned(NamedTuple):
@@ -70,7 +69,7 @@ class Tuned(NamedTuple):
 def search_grid(evaluator: Evaluator, features: int) -> Grid:
     """Evaluate single penalties: a coarse grid, then a finer one around the best."""
 
-    def evaluate(logs: np.ndarray, start: Weights | None) -> Losses:
+    def evaluate(logs: np.ndarray, start: np.ndarray | None) -> Losses:
         log_penalties = np.repeat(logs[:, None], features, axis=1)
         return evaluator.evaluate(log_penalties, _GRID_RTOL, start)
 
@@ -78,12 +77,12 @@ def search_grid(evaluator: Evaluator, features: int) -> Grid:
     for k in range(0, len(logs), BATCH):
         found = evaluate(logs[k : k + BATCH], weights)
         losses.append(found.mean)
-        weights = _entry(found.weights, -1)
+        weights = found.weights[-1]
     best = int(np.nanargmin(np.concatenate(losses)))
     fine = np.linspace(logs[max(best - 1, 0)], logs[min(best + 1, len(logs) - 1)], BATCH)
     found = evaluate(fine, None)
     losses, logs = np.concatenate([*losses, found.mean]), np.concatenate([logs, fine])
-    nearest = _entry(found.weights, int(np.nanargmin(found.mean)))
+    nearest = found.weights[np.nanargmin(found.mean)]
     return Grid(np.exp(logs), losses, float(np.exp(logs[np.nanargmin(losses)])), nearest)
 
 
@@ -101,15 +100,14 @@ def make_engine(
     Args:
       rows: the data.
       folds: which rows train and which are held out.
-      curvatures: of each fold, for the coordinates of the inner variable.
+      curvatures: of the classes, for the preconditioner.
       index: (features,), which log-penalty is that of a feature.
       rule: one of `choices.RULES`.
       rtol: where inner solves end.
       adjoint_rtol: where adjoint solves end.
     """
 
-    def loss(points: jax.Array, log_penalties: jax.Array) -> jax.Array:
-        weights = all_weights(points, log_penalties[index], folds, curvatures)
+    def loss(weights: jax.Array, _: Any) -> jax.Array:
         return jnp.mean(held_out_losses(weights, rows, folds))
 
     steps = {"newton": bx.NewtonStep(), "jacobi": bx.JacobiStep()}
@@ -132,14 +130,14 @@ def tune(
 ) -> bx.MinimizeResult:
     """Minimise the cross-validated loss over the penalties, from a single one on."""
     count = len(folds.train)
-    weights = Weights(*(leaf[:count] for leaf in grid.weights))  # the last are those of all rows
+    weights = grid.weights[:count]  # the last are those of all rows
     engine = make_engine(rows, folds, curvatures(rows, folds, weights), index, rule)
-    optimizer = optax.rprop(_FIRST_STEP, max_step_size=_LONGEST_STEP)
+    optimizer = optax.adam(_STEP_SIZE, b1=_MOMENTUM)
     step = bx.make_step(engine, optimizer, projection=_into_box)
     return bx.minimize(
         step,
         np.full(index.max() + 1, np.log(grid.best)),
-        zero_points(count, rows),
+        zero_weights(count, rows),
         steps,
         rtol=accuracy,
         history=_HISTORY,
@@ -157,10 +155,6 @@ def finish(evaluator: Evaluator, index: np.ndarray, grid: Grid, run: bx.Minimize
         losses = jax.tree.map(lambda leaf: leaf[[0, 0]], losses)
         tuned = np.full_like(tuned, grid.best)
     return Tuned(tuned, run, losses, is_better)
-
-
-def _entry(weights: Weights, position: int) -> Weights:
-    return Weights(*(leaf[position] for leaf in weights))
 
 
 def _into_box(log_penalties: jax.Array) -> jax.Array:
