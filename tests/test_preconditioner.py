@@ -166,6 +166,36 @@ def test_what_does_not_depend_on_the_vector_is_computed_once():
     assert ("triangular_solve", True) in set(names(program.jaxpr, False))
 
 
+@pytest.mark.parametrize("rule", [None, bx.Implicit(mode="forward"), bx.Unrolled(), bx.OneStep()])
+def test_it_need_not_have_derivatives(rule):
+    def from_elsewhere(x, y, v):
+        shape = jax.ShapeDtypeStruct(y.shape, y.dtype)
+        return v / (np.diag(MATRIX) + jax.pure_callback(np.asarray, shape, y))
+
+    def value(y, preconditioner):
+        problem = bx.minimum(objective, preconditioner=preconditioner)
+        return OUTER @ bx.solution_map(problem, bx.Newton(rtol=1e-12), rule)(X0, y)
+
+    def gradient(y, preconditioner):
+        return jax.grad(value)(y, preconditioner)
+
+    np.testing.assert_allclose(
+        gradient(Y, from_elsewhere), closed_form(MATRIX, Y)[1], rtol=1e-6, atol=1e-9
+    )
+    second = jax.grad(lambda y, p: jnp.sum(gradient(y, p)))
+    np.testing.assert_allclose(second(Y, from_elsewhere), second(Y, None), rtol=1e-6, atol=1e-9)
+
+
+def test_an_operator_of_all_tasks_has_it_too():
+    problem = bx.minimum(
+        lambda x, y, t: t * objective(x, y), preconditioner=lambda x, y, v, t: exact(x, y, v) / t
+    )
+    problem = bx.separable(problem, np.array([1.0, 5.0]))
+    jacobian = problem.linearize(jnp.zeros((2, SIZE)), Y)[1]
+    v = jnp.asarray(RNG.normal(size=(2, SIZE)))
+    np.testing.assert_allclose(jacobian.preconditioner(jacobian.matvec(v)), v, rtol=1e-8)
+
+
 def test_a_solver_keeps_its_own_and_others_take_none():
     problem, plain = bx.minimum(objective, preconditioner=exact), bx.minimum(objective)
     own = bx.CG(preconditioner=lambda v: v)

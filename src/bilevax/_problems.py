@@ -85,9 +85,14 @@ class Problem(abc.ABC):
         """
         if self.preconditioner is None:
             return None
-        preconditioner = self.preconditioner
-        zero = optax.tree.zeros_like(x)
-        return jax.linearize(lambda v: preconditioner(x, y, v), zero)[1]
+        # No derivative depends on it, and it need not have any.
+        problem, x, y = jax.lax.stop_gradient((self, x, y))
+        return jax.linearize(lambda v: problem.near_inverse(x, y, v), optax.tree.zeros_like(x))[1]
+
+    def near_inverse(self, x: PyTree, y: PyTree, v: PyTree) -> PyTree:
+        """Return the preconditioner's image of v."""
+        assert self.preconditioner is not None
+        return self.preconditioner(x, y, v)
 
     def terms_norm(self, x: PyTree, y: PyTree) -> jax.Array:
         """Return the size of the terms that cancel in F at a solution near x: ||F_1(x, y) x||.
@@ -210,8 +215,9 @@ def minimum(
 
     Raises:
       TypeError: if `objective` or `preconditioner` is not callable or `structure` not a
-        `Structure`; and, once they meet x and y, if the objective does not return a real scalar or
-        the preconditioner a pytree like x, or x has leaves that are not real floating arrays.
+        `Structure`; once it meets x and y, if the objective does not return a real scalar or x has
+        leaves that are not real floating arrays; once a solve takes it, if the preconditioner does
+        not return a pytree like v.
 
     Example:
       >>> problem = minimum(lambda x, y: 0.5 * y * x**2 - x)
@@ -259,8 +265,8 @@ def root(
 
     Raises:
       TypeError: if `residual` or `preconditioner` is not callable or `structure` not a
-        `Structure`; and, once they meet x and y, if what they return has not the structure, shapes
-        and dtypes of x.
+        `Structure`; and, once they meet x and y or v, if what they return has not the structure,
+        shapes and dtypes of x.
 
     Example:
       >>> problem = root(lambda x, y: x**3 - y)
@@ -294,8 +300,8 @@ def fixed_point(
 
     Raises:
       TypeError: if `map` or `preconditioner` is not callable or `structure` not a `Structure`;
-        and, once they meet x and y, if what they return has not the structure, shapes and dtypes
-        of x.
+        and, once they meet x and y or v, if what they return has not the structure, shapes and
+        dtypes of x.
 
     Example:
       >>> problem = fixed_point(lambda x, y: 0.5 * x + y)

@@ -43,6 +43,9 @@ class Separable(Problem):
     def optimality(self, x: PyTree, y: PyTree) -> PyTree:
         return per_task(self, lambda problem, x: problem.optimality(x, y), x)
 
+    def near_inverse(self, x: PyTree, y: PyTree, v: PyTree) -> PyTree:
+        return per_task(self, lambda problem, x, v: problem.near_inverse(x, y, v), x, v)
+
     def hoisted(self, x: PyTree, y: PyTree) -> "Separable":
         self._check_axis(x)
         x, task = _first(x), _first(self.tasks)

@@ -1,6 +1,7 @@
 """Training runs: how they end, what they return, and that chunks do not matter."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -209,7 +210,7 @@ def test_a_run_that_is_resumed_ends_with_the_bits_of_one_that_was_not():
 
 
 def test_an_identity_tells_problems_apart_by_more_than_norms():
-    """The same data with other signs, and another start."""
+    """The same data with other signs, another start, and what a start at zero does not show."""
 
     def start(function=outer, problem=None, y=Y):
         memory = Memory(1000)
@@ -219,15 +220,36 @@ def test_an_identity_tells_problems_apart_by_more_than_norms():
 
     usual = start()
     assert start() == usual
-    optimality, slope, value, point = sorted(usual)  # F, its gradient, the outer objective, y
-    cases = {
-        slope: start(lambda x, y: outer(-x, y)),
-        optimality: start(problem=bx.minimum(lambda x, y: inner(-x, y))),
-        point: start(y=Y[::-1]),
-    }
-    for name, other in cases.items():
-        assert {key for key in usual if abs(other[key] - usual[key]) > 1e-3} == {name}
+    # F and F nearby, the gradient of the outer objective, this, and y.
+    nearby, optimality, slope, value, point = sorted(usual)
+    away = Y + 1.0
+    cases = [
+        (start(lambda x, y: outer(-x, y)), {slope}),
+        (start(lambda x, y: outer(x, y) + jnp.sum((y - Y) * away)), {slope}),
+        (start(problem=bx.minimum(lambda x, y: inner(-x, y))), {optimality, nearby}),
+        (start(problem=bx.minimum(lambda x, y: inner(x, y) + jnp.sum(x**4))), {nearby}),
+    ]
+    for other, names in cases:
+        assert {key for key in usual if abs(other[key] - usual[key]) > 1e-9} == names
+    assert abs(start(y=Y[::-1])[point] - usual[point]) > 1e-3
     assert usual[value] == pytest.approx(outer(X0, Y))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_an_identity_sees_long_and_constant_vectors(dtype):
+    """Half precision has no 70 000, and cosines of so many angles add up to nothing."""
+    problem = bx.minimum(lambda x, y: 0.5 * jnp.sum((x - y) ** 2))
+    engine = bx.value_and_hypergradient(
+        lambda x, y: jnp.sum(x[:1]), problem, bx.GradientDescent(1.0, rtol=1e-2)
+    )
+    for size in (710, 70_000):
+        memory, y = Memory(1000), np.full(size, 0.001, dtype)
+        run(bx.make_step(engine, SGD), y, np.zeros_like(y), steps=1, checkpoint=memory)
+        *_, point = sorted(memory.identity.start)
+        (found,) = memory.identity.start[point]
+        expected = y.astype(np.float64) @ (2 + np.cos(np.arange(size)))
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+        assert found > 1.0
 
 
 def test_a_run_that_had_converged_goes_on_with_a_smaller_tolerance():

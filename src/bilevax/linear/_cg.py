@@ -111,7 +111,8 @@ class CG(base.LinearSolver):
         prepared: PyTree,
         transposed: bool,
     ) -> tuple[PyTree, LinearReport]:
-        apply_preconditioner = base.preconditioner_of(self, rhs, transposed)
+        # A is symmetric, and so is M.
+        apply_preconditioner = base.preconditioner_of(self, rhs, transposed=False)
         maxiter = base.default_maxiter(rhs) if self.maxiter is None else self.maxiter
         maxiter = jnp.asarray(maxiter, jnp.int32)
         target = base.tolerance(operator, rhs, self.rtol, self.atol) ** 2

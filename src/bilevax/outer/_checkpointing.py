@@ -10,8 +10,8 @@ class Identity(NamedTuple):
     """What tells one bilevel problem from another, as far as a run can tell.
 
     Attributes:
-      start: numbers at the start of the run: g(x0, y0), and the inner products of g_1(x0, y0),
-        F(x0, y0) and y0 with a fixed vector.
+      start: numbers at the start of the run: g(x0, y0), and the inner products of its gradient, of
+        F there and at another x, and of y0 with a fixed vector.
       shapes: by the path of each leaf of the state, its dtype and shape, such as "float32[3, 2]".
     """
 

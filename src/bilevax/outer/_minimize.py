@@ -296,17 +296,21 @@ def _identity(step: OuterStep, state: BilevelState, batched: bool) -> Identity:
     def numbers(state: BilevelState) -> dict[str, jax.Array]:
         engine = step.engine_for(state.key)
         x, y = state.warm.start, state.y
-        value_at_start, slope = jax.value_and_grad(engine.value)(x, y)
+        value_at_start, slopes = jax.value_and_grad(engine.value, argnums=(0, 1))(x, y)
+        # At x0 = 0, a frequent start, F does not see all of a problem.
+        flat, unravel = ravel_pytree(x)
+        moved = flat + 0.01 * (1 + jnp.abs(flat)) * _direction(flat)
+        nearby = unravel(moved.astype(flat.dtype))
 
-        # Not a norm, for that does not see signs. Random numbers would take long to compile.
         def along(tree: PyTree) -> jax.Array:
             flat, _ = ravel_pytree(tree)
-            return jnp.cos(jnp.arange(flat.size, dtype=flat.dtype)) @ flat
+            return _direction(flat) @ flat
 
         return {
             "the outer objective": value_at_start,
-            "its gradient, along a fixed direction,": along(slope),
+            "its gradient, along a fixed direction,": along(slopes),
             "F, along a fixed direction,": along(engine.problem.optimality(x, y)),
+            "F near x0, along a fixed direction,": along(engine.problem.optimality(nearby, y)),
             "y, along a fixed direction,": along(y),
         }
 
@@ -315,3 +319,12 @@ def _identity(step: OuterStep, state: BilevelState, batched: bool) -> Identity:
     shapes = {jax.tree_util.keystr(path): checks.describe(leaf) for path, leaf in leaves}
     start = {name: np.ravel(number).tolist() for name, number in found.items()}
     return Identity(start, shapes)
+
+
+def _direction(flat: jax.Array) -> jax.Array:
+    """Return a vector that sees signs and order; random numbers would take long to compile.
+
+    Its mean is far from zero, for what is constant must not vanish along it.
+    """
+    dtype = jnp.promote_types(flat.dtype, jnp.float32)
+    return 2 + jnp.cos(jnp.arange(flat.size, dtype=dtype))
