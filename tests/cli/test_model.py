@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 import bilevax as bx
 from bilevax.cli import folds as splits
-from bilevax.cli.choices import RULES, Kind
+from bilevax.cli.choices import LOWEST, RULES, Kind
 from bilevax.cli.data import Data, as_rows, standardise
 from bilevax.cli.fitted import make_fitted
 from bilevax.cli.model import score_basis, zero_weights
@@ -145,12 +145,29 @@ def test_the_hypergradient_is_that_of_differences(case, rule):
     np.testing.assert_allclose(evaluate(y)[0], loss, rtol=1e-9)
 
 
-def dense_hessian(case, fold, weights, penalties):
-    """Return the Hessian of one fold at weights, by JAX."""
-    problem = inner_problem(case.rows, case.folds, np.zeros(()), np.arange(4))
-    task = problem.task(jax.tree.map(lambda leaf: leaf[fold], problem.tasks))
-    hessian = jax.hessian(lambda flat: task.function(flat.reshape(weights.shape), penalties))
-    return np.asarray(hessian(weights.ravel()))
+@pytest.mark.parametrize("kind", [Kind.RIDGE, Kind.MULTINOMIAL], ids=str)
+def test_hypergradients_are_accurate_with_more_features_than_rows(kind):
+    """By default, at the smallest penalties, where the Hessian is worst."""
+    rng = np.random.default_rng(3)
+    features = rng.normal(size=(30, 50))
+    score = features[:, :5].sum(axis=1) + rng.normal(size=30)
+    is_ridge = kind is Kind.RIDGE
+    target = score if is_ridge else np.digitize(score, np.quantile(score, [1 / 3, 2 / 3]))
+    names = [str(j) for j in range(50)]
+    data = Data(names, features, target, None if is_ridge else ["a", "b", "c"], [])
+    rows = as_rows(data, standardise(data), kind)
+    held_out = splits.split(FOLDS, None if is_ridge else target, 30, 0)
+    folds = splits.cross_validation(rows.features, held_out)
+    weights = zero_weights(FOLDS, rows)
+    matrices, y = curvatures(rows, folds, weights), np.full(50, np.log(LOWEST))
+
+    def gradient(**tolerances):
+        engine = make_engine(rows, folds, matrices, np.arange(50), RULES[0], **tolerances)
+        return np.asarray(engine(y, bx.cold_start(weights)).gradient)
+
+    expected = gradient(rtol=1e-12, adjoint_rtol=1e-11)
+    wrong = np.linalg.norm(gradient() - expected)
+    assert wrong < 5e-3 * np.linalg.norm(expected)
 
 
 def test_curvatures_are_those_of_single_classes(case):

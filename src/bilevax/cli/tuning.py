@@ -24,8 +24,9 @@ from bilevax.cli.search import (
     inner_problem,
 )
 
-# Inner solves end at such a part of the gradient at zero weights: of the grid, in tuning, at last.
-_GRID_RTOL, _RTOL, _FIT_RTOL = 1e-5, 1e-5, 1e-10
+# Inner solves end at such a part of the gradient at zero weights; the last fits are more accurate.
+# With more features than rows and small penalties, a part of 1e-5 is still far from the solution.
+_RTOL, _FIT_RTOL = 1e-8, 1e-10
 _ADJOINT_RTOL = 1e-3
 # Adam suits penalties, whose slopes differ by orders of magnitude, and needs no line search. Its
 # memory is short: a step changes the landscape for the next ones.
@@ -71,7 +72,7 @@ def search_grid(evaluator: Evaluator, features: int) -> Grid:
 
     def evaluate(logs: np.ndarray, start: np.ndarray | None) -> Losses:
         log_penalties = np.repeat(logs[:, None], features, axis=1)
-        return evaluator.evaluate(log_penalties, _GRID_RTOL, start)
+        return evaluator.evaluate(log_penalties, _RTOL, start)
 
     logs, losses, weights = np.log(GRID), [], None
     for k in range(0, len(logs), BATCH):
