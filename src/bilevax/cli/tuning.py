@@ -74,15 +74,16 @@ def search_grid(evaluator: Evaluator, features: int) -> Grid:
         log_penalties = np.repeat(logs[:, None], features, axis=1)
         return evaluator.evaluate(log_penalties, _RTOL, start)
 
-    logs, losses, weights = np.log(GRID), [], None
+    logs, losses, weights = np.log(GRID), [], []
     for k in range(0, len(logs), BATCH):
-        found = evaluate(logs[k : k + BATCH], weights)
-        losses.append(found.mean)
-        weights = found.weights[-1]
-    best = int(np.nanargmin(np.concatenate(losses)))
-    fine = np.linspace(logs[max(best - 1, 0)], logs[min(best + 1, len(logs) - 1)], BATCH)
-    found = evaluate(fine, None)
-    losses, logs = np.concatenate([*losses, found.mean]), np.concatenate([logs, fine])
+        found = evaluate(logs[k : k + BATCH], weights[-1] if weights else None)
+        losses.extend(found.mean)
+        weights.extend(found.weights)
+    best = int(np.nanargmin(losses))
+    strong, weak = max(best - 1, 0), min(best + 1, len(logs) - 1)
+    fine = np.linspace(logs[strong], logs[weak], BATCH)
+    found = evaluate(fine, weights[strong])
+    losses, logs = np.concatenate([losses, found.mean]), np.concatenate([logs, fine])
     nearest = found.weights[np.nanargmin(found.mean)]
     return Grid(np.exp(logs), losses, float(np.exp(logs[np.nanargmin(losses)])), nearest)
 
