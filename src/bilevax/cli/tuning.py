@@ -26,7 +26,7 @@ from bilevax.cli.search import (
 
 # Inner solves end at such a part of the gradient at zero weights; the last fits are more accurate.
 # With more features than rows and small penalties, a part of 1e-5 is still far from the solution.
-_RTOL, _FIT_RTOL = 1e-8, 1e-10
+_RTOL, _FIT_RTOL = 3e-8, 1e-10
 _ADJOINT_RTOL = 1e-3
 # Adam suits penalties, whose slopes differ by orders of magnitude, and needs no line search. Its
 # memory is short: a step changes the landscape for the next ones.
