@@ -2,25 +2,25 @@
 
 It needs the extra `bilevax[cli]`. The modules, in the order in which to read them:
 
-    choices     what a user can choose
-    options     the options and their help
-    files       CSV, Parquet and LIBSVM files
-    data        checks, classes and standardising
-    penalties   which features share a penalty
-    folds       which rows train and which are held out
-    model       the losses, and the inner objective with its penalties
-    coordinates the unknowns that solvers move
-    search      the bilevel problem of all folds, and the loss of given penalties
-    tuning      a grid over one penalty, then steps on hypergradients
-    fitted      the fitted model: model.json, and its predictions
-    report      report.json and the table on the terminal
-    figures     the figures of the report
-    page        report.html
-    identity    what must be the same when a run goes on
-    output      the folder of the results and checkpoints
-    tune        the command `bilevax tune`
-    predict     the command `bilevax predict`
-    app         the command line
+    choices        what a user can choose
+    options        the options and their help
+    files          CSV, Parquet and LIBSVM files
+    data           checks, classes and standardising
+    penalties      which features share a penalty
+    folds          which rows train and which are held out
+    model          the losses, and the inner objective with its penalties
+    preconditioner what makes fits take few products
+    search         the bilevel problem of all folds, and the loss of given penalties
+    tuning         a grid over one penalty, then steps on hypergradients
+    fitted         the fitted model: model.json, and its predictions
+    report         report.json and the table on the terminal
+    figures        the figures of the report
+    page           report.html
+    identity       what must be the same when a run goes on
+    output         the folder of the results and checkpoints
+    tune           the command `bilevax tune`
+    predict        the command `bilevax predict`
+    app            the command line
 """
 
 import sys

@@ -141,14 +141,13 @@ class _System:
         def flatten(function: Callable[[PyTree], PyTree]) -> Callable[[jax.Array], jax.Array]:
             return lambda v: ravel_pytree(function(unravel(v)))[0].astype(b.dtype)
 
-        given = operator.preconditioner
+        solver = solver.with_default_preconditioner(operator.preconditioner)
         complement = None if operator.complement is None else flatten(operator.complement)
         operator = LinearOperator(
             flatten(operator.matvec), operator.structure, b, complement, epsilon
         )
         if solver.damping is not None:
             operator = operator.damped(solver.damping)
-        solver = solver.with_default_preconditioner(given)
         preconditioner = getattr(solver, "preconditioner", None)
         if preconditioner is not None:
             shape = jax.eval_shape(preconditioner, rhs)

@@ -208,9 +208,9 @@ def _step(step: OuterStep, state: BilevelState) -> BilevelState:
 
 def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
     """Take a step from a running state."""
-    # Random numbers take long to compile.
-    is_random = not isinstance(step.engine, Engine)
-    key, drawn = jax.random.split(state.key) if is_random else (state.key, state.key)
+    key = drawn = state.key
+    if not isinstance(step.engine, Engine):  # random numbers take long to compile
+        key, drawn = jax.random.split(key)
     engine, y, warm = step.engine_for(drawn), state.y, state.warm
     if not step.warm_x:
         warm = warm._replace(x=warm.start)
