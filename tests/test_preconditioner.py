@@ -206,12 +206,16 @@ def test_a_solver_keeps_its_own_and_others_take_none():
 
 
 def test_in_other_coordinates_there_is_none():
-    problem = bx.minimum(objective, preconditioner=exact)
     change = bx.DiagonalChange(lambda x, y: 1 / (1 + y))
     rule = bx.Reparameterized(bx.Implicit(bx.CG(rtol=1e-12)), change)
     x, gradient = closed_form(MATRIX, Y)
-    found, _ = rule.pullback(problem, x, Y, jnp.asarray(OUTER))
-    np.testing.assert_allclose(found, gradient, rtol=1e-6, atol=1e-9)
+    products = []
+    for preconditioner in (exact, None):
+        problem = bx.minimum(objective, preconditioner=preconditioner)
+        found, report = rule.pullback(problem, x, Y, jnp.asarray(OUTER))
+        np.testing.assert_allclose(found, gradient, rtol=1e-6, atol=1e-9)
+        products.append(int(report.solve.products))
+    assert products[0] == products[1] > 2
 
 
 def test_under_vmap_in_both_precisions():

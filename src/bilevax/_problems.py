@@ -49,15 +49,16 @@ class Problem(abc.ABC):
     def check(self, x: PyTree, y: PyTree) -> None:
         """Raise a `TypeError` if the function does not fit x; costs nothing at run time."""
 
-    def hoisted(self, x: PyTree, y: PyTree) -> "Problem":
+    def hoisted(self, x: PyTree, y: PyTree, *task: PyTree) -> "Problem":
         """Return an equal problem, with all traced values that it closes over as leaves.
 
-        x and y give structure, shapes and dtypes; their values do not matter.
+        x, y and the data of a task, if there are any, give structure, shapes and dtypes; their
+        values do not matter.
         """
         preconditioner = self.preconditioner
         if preconditioner is not None:
-            preconditioner = hoist(preconditioner, x, y, x)
-        function = hoist(self.function, x, y)
+            preconditioner = hoist(preconditioner, x, y, x, *task)
+        function = hoist(self.function, x, y, *task)
         return dataclasses.replace(self, function=function, preconditioner=preconditioner)
 
     def compose(self, change: Partial) -> "Problem":

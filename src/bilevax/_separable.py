@@ -10,7 +10,6 @@ from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
-from bilevax._closures import hoist
 from bilevax._problems import Problem
 
 PyTree = Any
@@ -46,14 +45,9 @@ class Separable(Problem):
     def near_inverse(self, x: PyTree, y: PyTree, v: PyTree) -> PyTree:
         return per_task(self, lambda problem, x, v: problem.near_inverse(x, y, v), x, v)
 
-    def hoisted(self, x: PyTree, y: PyTree) -> "Separable":
+    def hoisted(self, x: PyTree, y: PyTree, *task: PyTree) -> Problem:
         self._check_axis(x)
-        x, task = _first(x), _first(self.tasks)
-        preconditioner = self.preconditioner
-        if preconditioner is not None:
-            preconditioner = hoist(preconditioner, x, y, x, task)
-        function = hoist(self.function, x, y, task)
-        return dataclasses.replace(self, function=function, preconditioner=preconditioner)
+        return super().hoisted(_first(x), y, _first(self.tasks))
 
     def check(self, x: PyTree, y: PyTree) -> None:
         checks.inner_variable(x)

@@ -172,7 +172,8 @@ def test_hypergradients_are_accurate_with_more_features_than_rows(kind):
 
 def test_curvatures_are_those_of_single_classes(case):
     rng = np.random.default_rng(1)
-    weights = rng.normal(size=zero_weights(FOLDS, case.rows).shape)
+    # Small, so that no row has a curvature that is too small to be taken as it is.
+    weights = 0.3 * rng.normal(size=zero_weights(FOLDS, case.rows).shape)
     found = curvatures(case.rows, case.folds, weights)
     basis = np.ones((1, 1)) if case.rows.basis is None else case.rows.basis
 
@@ -189,7 +190,7 @@ def test_curvatures_are_those_of_single_classes(case):
             curvature = jax.jacfwd(jax.jacfwd(lambda z, fold=fold, c=c: loss(z, fold, c)))(0.0)
             shares = case.folds.train[fold] * np.asarray(curvature) / FOLDS
             expected = expected + (case.rows.design * shares) @ case.rows.design.T
-        np.testing.assert_allclose(found[c], expected, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(found[c], expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("penalties", [[0.01] * 4, [1e-5, 1e3, 1.0, 0.1]])
@@ -213,8 +214,10 @@ def test_preconditioned_hessians_are_near_the_identity(case, penalties):
     values = np.linalg.eigvals(matrix).real
     if case.kind is Kind.MULTINOMIAL:
         assert 0.3 < values.min() < values.max() < 3
-    else:
+    elif case.kind is Kind.LOGISTIC:  # but for rows that the fit is sure of
         np.testing.assert_allclose(values, 1, rtol=0.02)
+    else:
+        np.testing.assert_allclose(values, 1, rtol=1e-9)
 
 
 def test_inverses_by_sweeps_are_those_of_numpy():

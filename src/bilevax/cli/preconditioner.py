@@ -25,10 +25,10 @@ _BLOCK = 16  # rows that are swept at once
 
 def curvatures(rows: Rows, folds: Folds, weights: np.ndarray) -> np.ndarray:
     """Return C_c, (classes, features + 1, features + 1): the mean over folds, at their weights."""
-    design, total = np.asarray(rows.design), 0.0
+    total = 0.0
     for one, share in zip(weights, folds.train, strict=True):
         curvature = share * np.maximum(_class_curvatures(one, rows), _LEAST_CURVATURE)
-        total = total + np.stack([(design * row) @ design.T for row in curvature])
+        total = total + np.stack([(rows.design * row) @ rows.design.T for row in curvature])
     return np.asarray(total) / len(weights)
 
 
@@ -81,5 +81,5 @@ def _class_curvatures(weights: np.ndarray, rows: Rows) -> np.ndarray:
     """Return the second derivative of the loss of each row in the logit of each class."""
     if rows.basis is None:
         return np.ones_like(rows.target)
-    probabilities = softmax(np.asarray(rows.basis) @ np.asarray(weights) @ rows.design, axis=0)
+    probabilities = softmax(rows.basis @ weights @ rows.design, axis=0)
     return probabilities * (1 - probabilities)
