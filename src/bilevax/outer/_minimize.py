@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._status import is_unsolved
-from bilevax.outer._checkpointing import Checkpointer, Identity, OpenCheckpoints
+from bilevax.outer._checkpointing import Checkpointer, OpenCheckpoints
+from bilevax.outer._identity import identify
 from bilevax.outer._interrupts import Interrupts
 from bilevax.outer._progress import ProgressBar
 from bilevax.outer._result import MinimizeResult, Seconds, make_result
@@ -124,7 +124,7 @@ def minimize(
     with contextlib.ExitStack() as stack:
         saved = None
         if checkpoint is not None:
-            saved = checkpoint.open(_identity(step, state, batched), state)
+            saved = checkpoint.open(identify(step, state, batched), state)
             stack.callback(saved.close)
             restored = saved.restore()
             state = state if restored is None else restored
@@ -287,44 +287,3 @@ def _value(state: BilevelState) -> float:
     last = (step - 1) % values.shape[-1]
     # NaN, of a run that failed, is not the smallest.
     return float(np.fmin.reduce(np.take_along_axis(values, last[..., None], axis=-1), axis=None))
-
-
-def _identity(step: OuterStep, state: BilevelState, batched: bool) -> Identity:
-    """Return what tells this problem from others: numbers at its start, and shapes."""
-
-    @jax.jit
-    def numbers(state: BilevelState) -> dict[str, jax.Array]:
-        engine = step.engine_for(state.key)
-        x, y = state.warm.start, state.y
-        value_at_start, slopes = jax.value_and_grad(engine.value, argnums=(0, 1))(x, y)
-        # At x0 = 0, a frequent start, F does not see all of a problem.
-        flat, unravel = ravel_pytree(x)
-        moved = flat + 0.01 * (1 + jnp.abs(flat)) * _direction(flat)
-        nearby = unravel(moved.astype(flat.dtype))
-
-        def along(tree: PyTree) -> jax.Array:
-            flat, _ = ravel_pytree(tree)
-            return _direction(flat) @ flat
-
-        return {
-            "the outer objective": value_at_start,
-            "its gradient, along a fixed direction,": along(slopes),
-            "F, along a fixed direction,": along(engine.problem.optimality(x, y)),
-            "F near x0, along a fixed direction,": along(engine.problem.optimality(nearby, y)),
-            "y, along a fixed direction,": along(y),
-        }
-
-    found = (jax.vmap(numbers) if batched else numbers)(state)
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    shapes = {jax.tree_util.keystr(path): checks.describe(leaf) for path, leaf in leaves}
-    start = {name: np.ravel(number).tolist() for name, number in found.items()}
-    return Identity(start, shapes)
-
-
-def _direction(flat: jax.Array) -> jax.Array:
-    """Return a vector that sees signs and order; random numbers would take long to compile.
-
-    Its mean is far from zero, for what is constant must not vanish along it.
-    """
-    dtype = jnp.promote_types(flat.dtype, jnp.float32)
-    return 2 + jnp.cos(jnp.arange(flat.size, dtype=dtype))
