@@ -74,38 +74,49 @@ def test_default_tolerances_follow_the_dtype(dtype, epsilon):
     assert abs(int(report.iterations) - steps) <= 1  # rounding may decide the last step
 
 
+def scaled(x, y):
+    y, unit = y
+    return unit * cubic(x, y)
+
+
+SCALED = bx.minimum(scaled)
+
+
 @pytest.mark.parametrize("unit", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_default_tolerances_do_not_depend_on_the_unit_of_f(dtype, unit):
-    def scaled(x, y):
-        return dtype(unit) * cubic(x, y)
-
     x0, y = START.astype(dtype), CURVATURES.astype(dtype)
-    want, _ = run(bx.Newton(), bx.minimum(cubic), x0, y)
-    got, report = run(bx.Newton(), bx.minimum(scaled), x0, y)
+    want, _ = run(bx.Newton(), SCALED, x0, (y, dtype(1)))
+    got, report = run(bx.Newton(), SCALED, x0, (y, dtype(unit)))
     assert report.status == Status.CONVERGED
     np.testing.assert_allclose(got, want, rtol=1e3 * np.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("unit", [1e-12, 1.0, 1e12])
-@pytest.mark.parametrize("make", [bx.minimum, bx.root, bx.fixed_point])
+def third(x, y):
+    return x / 3 - y + 1e-3 * x
+
+
+NEARLY_SOLVED = {  # y comes with the unit of F
+    bx.minimum: bx.minimum(lambda x, y: y[1] * jnp.sum((x / 3 - y[0]) ** 2 + 1e-3 * x**2)),
+    bx.root: bx.root(lambda x, y: y[1] * third(x, y[0])),
+    bx.fixed_point: bx.fixed_point(lambda x, y: x - third(x, y[0])),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "unit"),
+    [(kind, unit) for kind in (bx.minimum, bx.root) for unit in (1e-12, 1.0, 1e12)]
+    + [(bx.fixed_point, 1.0)],  # whose F has the unit of x
+)
 def test_with_defaults_a_start_at_the_solution_ends_at_once(make, unit):
     # F is a rounding error there, and a part of that is out of reach.
     y = np.array([0.1, 0.3, 0.7])
-
-    def function(x, y):
-        if make is bx.minimum:
-            return unit * jnp.sum((x / 3 - y) ** 2 + 1e-3 * x**2)
-        residual = x / 3 - y + 1e-3 * x
-        return unit * residual if make is bx.root else x - residual
-
     solution = y / (1 / 3 + 1e-3)
     if make is bx.minimum:
         solution = y / 3 / (1 / 9 + 1e-3)
     x = solution * (1 + 1e-16 + np.array([2.0, -1, 1]) * 2.0**-52)
-    _, report = run(bx.Newton(), make(function), x, y)
-    unit_of_f = 1.0 if make is bx.fixed_point else unit
-    assert 0 < report.initial_residual < 1e-14 * unit_of_f
+    _, report = run(bx.Newton(), NEARLY_SOLVED[make], x, (y, unit))
+    assert 0 < report.initial_residual < 1e-14 * unit
     assert (report.status, report.iterations) == (Status.CONVERGED, 0)
 
 

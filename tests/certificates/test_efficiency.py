@@ -204,6 +204,7 @@ def test_it_vanishes_for_a_newton_step_at_the_solution_only():
     np.testing.assert_allclose(found.value, LOGISTIC.constant(dense_newton, u), rtol=1e-8)
 
 
+@pytest.mark.slow  # the same with other linear solvers
 def test_it_vanishes_for_the_default_linear_solvers_too():
     rule = bx.Preconditioned(bx.Implicit(), bx.NewtonStep())
     found = bx.efficiency_constant(validation, LOGISTIC.problem, rule, LOGISTIC.x, PENALTY)
@@ -276,7 +277,14 @@ def flat_jacobian(kind):
     return lambda u: np.asarray(jacobian_of(dense_implicit, *functions, u, W[:FLOATING]))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+# The regressions are minima too.
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, id=kind.name, marks=pytest.mark.slow if kind is MINIMUM else ())
+        for kind in KINDS
+    ],
+)
 def test_pytrees(kind):
     rule = bx.Implicit() if kind is FIXED_POINT else DENSE
     for x, u in ((like_x(solution(kind)), solution(kind)), (X, U)):

@@ -115,7 +115,9 @@ def test_predictions_are_those_of_the_coefficients(ridge, table, capsys):
     assert np.corrcoef(predictions, table["amount"])[0, 1] > 0.98
 
 
-def test_groups_a_validation_file_and_too_few_steps(table, tmp_path, capsys):
+@pytest.fixture
+def grouped(table, tmp_path):
+    """Return the arguments of a run of two steps with groups and a validation file; its folder."""
     columns = table.drop(columns=["amount", "constant"])
     columns[:40].to_parquet(tmp_path / "train.parquet")
     columns[40:].to_csv(tmp_path / "valid.csv", index=False)
@@ -128,6 +130,13 @@ def test_groups_a_validation_file_and_too_few_steps(table, tmp_path, capsys):
         "--penalty", str(tmp_path / "groups.csv"), "--validation", str(tmp_path / "valid.csv"),
         "--out", str(out), "--steps", "2", "--rule", "newton",
     ]  # fmt: skip
+    return arguments, out
+
+
+def test_groups_a_validation_file_and_too_few_steps(grouped, capsys, monkeypatch):
+    arguments, out = grouped
+    grids, search = [], tuning.search_grid
+    monkeypatch.setattr(tuning, "search_grid", lambda *a: grids.append(search(*a)) or grids[-1])
     assert main(arguments) == 3
     printed = capsys.readouterr()
     assert "train: 40 rows, 4 features, logistic model, validation file" in printed.out
@@ -139,18 +148,24 @@ def test_groups_a_validation_file_and_too_few_steps(table, tmp_path, capsys):
     assert report["settings"]["cv"] is None
     assert len(report["losses"]["tuned"]["folds"]) == 1
 
-    # Going on ends where a run in one go does.
     assert main(arguments) == 2
     assert "has a run that is not finished: go on with --resume" in capsys.readouterr().err
+    (out / "checkpoints" / "problem.json").write_text("{}")
+    monkeypatch.setattr(tuning, "search_grid", lambda *a: grids[-1])  # of the same data
+    assert main([*arguments, "--resume"]) == 2
+    assert "cannot use" in capsys.readouterr().err
+
+
+# Every day, runs go on in the next test, and end with the same bits in `tests/outer`.
+@pytest.mark.slow
+def test_going_on_ends_where_a_run_in_one_go_does(grouped, tmp_path):
+    arguments, out = grouped
+    assert main(arguments) == 3
     assert main([*arguments, "--resume", "--steps", "5"]) == 3
     whole = [str(tmp_path / "whole") if word == str(out) else word for word in arguments]
     assert main([*whole, "--steps", "5"]) == 3
     models = [(folder / "model.json").read_bytes() for folder in (out, tmp_path / "whole")]
     assert models[0] == models[1]
-    capsys.readouterr()
-    (out / "checkpoints" / "problem.json").write_text("{}")
-    assert main([*arguments, "--resume"]) == 2
-    assert "cannot use" in capsys.readouterr().err
 
 
 class _Interrupting(Checkpoints):

@@ -120,7 +120,20 @@ def test_penalties_of_ridge_give_the_closed_form():
     np.testing.assert_allclose(model.intercepts, 0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", RULES)
+# Each kind and each rule once a day; with the kinds outside, for they are those of a fixture.
+HYPERGRADIENTS = [
+    pytest.param(
+        kind,
+        rule,
+        id=f"{kind}-{rule}",
+        marks=() if number == place else pytest.mark.slow,
+    )
+    for number, kind in enumerate(Kind)
+    for place, rule in enumerate(RULES)
+]
+
+
+@pytest.mark.parametrize(("case", "rule"), HYPERGRADIENTS, indirect=["case"])
 def test_the_hypergradient_is_that_of_differences(case, rule):
     index = np.array([0, 1, 1, 2])  # the penalty in the middle is shared
     weights = zero_weights(FOLDS, case.rows)
@@ -145,7 +158,13 @@ def test_the_hypergradient_is_that_of_differences(case, rule):
     np.testing.assert_allclose(evaluate(y)[0], loss, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", [Kind.RIDGE, Kind.MULTINOMIAL], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(Kind.RIDGE, id="ridge", marks=pytest.mark.slow),  # the easier of the two
+        pytest.param(Kind.MULTINOMIAL, id="multinomial"),
+    ],
+)
 def test_hypergradients_are_accurate_with_more_features_than_rows(kind):
     """By default, at the smallest penalties, where the Hessian is worst."""
     rng = np.random.default_rng(3)

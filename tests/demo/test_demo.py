@@ -137,6 +137,7 @@ def test_a_failed_run_leaves_no_empty_results(before, csv_file, tmp_path, monkey
     results = tmp_path / "results.json"
     if before is not None:
         results.write_text(before)
+    monkeypatch.setattr(cli, "search_grid", lambda task: None)  # which takes a second
     monkeypatch.setattr(cli, "tune", fail)
     with pytest.raises(KeyboardInterrupt):
         main(["--data", str(csv_file), "--target", "answer", "--output", str(tmp_path)])

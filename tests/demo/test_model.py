@@ -75,6 +75,15 @@ def test_weights_are_those_of_sklearn(task, solve):
     np.testing.assert_allclose(weights.intercepts, intercepts, rtol=1e-6, atol=1e-6)
 
 
+# Every day, two classes are tuned from the command line, in `test_demo.py`.
+@pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param(2, id="two classes", marks=pytest.mark.slow),
+        pytest.param(3, id="three classes"),
+    ],
+    indirect=True,
+)
 def test_hypergradient_is_that_of_central_differences(task, solve):
     generator = np.random.default_rng(2)
     y = jnp.asarray(generator.normal(-4, 1, size=task.penalty_shape))

@@ -8,6 +8,7 @@ import pytest
 
 import bilevax as bx
 from bilevax import Status
+from tests.everyday import params
 from tests.iterative.example import (
     DECOUPLED,
     X0,
@@ -43,7 +44,12 @@ BATCHED = {  # solver, rule, whether a lane diverges
 }
 
 
-@pytest.mark.parametrize("name", BATCHED)
+# Lanes of Anderson's method and of conjugate gradients, whose line search is that of
+# backtracking, are in tests/solvers; without derivatives.
+EVERYDAY = ("gradient descent", "momentum", "Newton")
+
+
+@pytest.mark.parametrize("name", params(zip(BATCHED, strict=True), EVERYDAY.__contains__))
 def test_lanes_of_a_batch_are_runs_by_themselves(name):
     solver, rule, diverges = BATCHED[name]
     solve = bx.solution_map(CURVED, solver, rule, on_failure=bx.OnFailure.NAN)

@@ -9,6 +9,7 @@ import pytest
 
 import bilevax as bx
 from bilevax import Status
+from tests.everyday import slow
 from tests.iterative.example import (
     AFFINE_MAP,
     DECOUPLED,
@@ -37,7 +38,7 @@ def engine_of(rule, solver=None, **options):
         bx.Unrolled(checkpoints=2),
         bx.Unrolled(mode="forward"),
         bx.Unrolled(2),
-        bx.Unrolled(2, mode="forward"),
+        slow(bx.Unrolled(2, mode="forward")),
     ],
     ids=repr,
 )
@@ -66,7 +67,7 @@ def test_an_engine_differentiates_the_run_from_its_warm_start(rule):
         np.testing.assert_allclose(lanes.gradient[i], C * by_y + 2 * y, rtol=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("mode", ["reverse", slow("forward")])
 def test_an_engine_with_aux_and_leaves_of_all_kinds(mode):
     y = dict(NOISY_Y, single=jnp.float32(2.0))
     engine = bx.value_and_hypergradient(
@@ -90,7 +91,7 @@ def test_an_engine_with_aux_and_leaves_of_all_kinds(mode):
     assert_close(again(y, bx.cold_start(jnp.ones(2))).gradient["w"], result.gradient["w"], 1e-12)
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("mode", ["reverse", slow("forward")])
 def test_failures_of_an_engine(mode):
     rule, solver = bx.Unrolled(mode=mode), bx.GradientDescent(3.0, maxiter=200)
     result = engine_of(rule, solver)(Y, bx.cold_start(X0))
@@ -160,7 +161,7 @@ def test_a_last_step_that_rounding_ends_is_no_zero_derivative():
     np.testing.assert_allclose(derivative, -1 / ys**2, rtol=1e-7)
 
 
-@pytest.mark.parametrize("rule", [bx.OneStep(), bx.Unrolled(), bx.Unrolled(5)], ids=repr)
+@pytest.mark.parametrize("rule", [bx.OneStep(), bx.Unrolled(), slow(bx.Unrolled(5))], ids=repr)
 def test_linear_solves_of_newton_that_fail_are_no_derivative(rule):
     """One step of conjugate gradients does not solve a system with three curvatures."""
     loose = bx.solution_map(DECOUPLED, bx.Newton(bx.CG(maxiter=1)), rule)

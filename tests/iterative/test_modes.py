@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import bilevax as bx
+from tests.everyday import slow
 from tests.iterative.example import (
     DECOUPLED,
     NOISY_Y,
@@ -41,7 +42,7 @@ def second_derivative(x0, y, rate, steps, step=1e-3):
 
 @pytest.mark.parametrize(
     "rule",
-    [bx.Unrolled(checkpoints=3), pytest.param(bx.Unrolled(), marks=pytest.mark.slow)],
+    [bx.Unrolled(checkpoints=3), slow(bx.Unrolled())],
     ids=["three", "all"],
 )
 def test_modes_and_orders(rule):
@@ -170,7 +171,7 @@ def test_an_optimiser_that_remembers_a_random_key():
     assert np.all(np.isfinite(last)) and np.all(last != 0)
 
 
-@pytest.mark.parametrize("rule", [bx.Unrolled(), bx.Unrolled(3), bx.OneStep()], ids=repr)
+@pytest.mark.parametrize("rule", [slow(bx.Unrolled()), bx.Unrolled(3), bx.OneStep()], ids=repr)
 def test_float32_stays_float32(rule):
     solver = bx.Optax(optax.sgd(0.3, momentum=0.2), **exactly(6))
     x0, y = jnp.asarray(X0, jnp.float32), jnp.asarray(Y, jnp.float32)

@@ -8,6 +8,7 @@ import pytest
 
 import bilevax as bx
 from bilevax import Status
+from tests.everyday import slow
 from tests.iterative.example import AFFINE_MAP, DECOUPLED, X0, C, Y, assert_close
 from tests.problems_table import PROBLEMS, dense_value, outer
 from tests.problems_table import X0 as TABLE_X0
@@ -82,7 +83,7 @@ def test_every_lane_of_a_batch():
 NEWTONS = {"inexact": bx.Newton(), "dense": bx.Newton(bx.Dense())}
 
 
-@pytest.mark.parametrize("name", NEWTONS)
+@pytest.mark.parametrize("name", ["inexact", slow("dense")])
 def test_newton_is_implicit_differentiation_wherever_it_ends(name):
     """At many solutions: where F is 0, where rounding decides the line search, and elsewhere.
 
@@ -101,7 +102,7 @@ def test_newton_is_implicit_differentiation_wherever_it_ends(name):
 
 @pytest.mark.parametrize(
     "problem",
-    [pytest.param(PROBLEMS[0], marks=pytest.mark.slow), *PROBLEMS[1:]],
+    [slow(PROBLEMS[0]), slow(PROBLEMS[1]), PROBLEMS[2]],  # the others are above
     ids=lambda row: row.name,
 )
 def test_newton_is_implicit_differentiation(problem):

@@ -21,7 +21,7 @@ PAIRS = [
 EVERYDAY = {
     "minimum": ("backtracking", "conjugate_gradient", "newton", "momentum"),
     "root": ("gradient_descent", "newton_dense"),
-    "fixed_point": ("accelerated", "damped_picard", "anderson", "newton"),
+    "fixed_point": ("accelerated", "damped_picard", "anderson"),
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import bilevax as bx
+from tests.everyday import slow
 from tests.iterative.example import (
     DECOUPLED,
     RUNS,
@@ -65,7 +66,7 @@ def check_runs(rule, last):
 
 
 # N < K, N = K, N = K + 1, N a multiple of K, for all N up to 12.
-@pytest.mark.parametrize("last", [1, 2, 3, 5, 12])
+@pytest.mark.parametrize("last", [1, slow(2), slow(3), 5, 12])
 def test_the_last_steps_of_runs_of_any_length(last):
     check_runs(bx.Unrolled(last), last)
 
@@ -75,7 +76,7 @@ def test_the_last_steps_of_runs_of_any_length(last):
     [
         bx.Unrolled(),
         bx.Unrolled(checkpoints=1),
-        bx.Unrolled(checkpoints=3),
+        slow(bx.Unrolled(checkpoints=3)),
         bx.Unrolled(checkpoints=5),  # 12 steps in five pieces of three
         bx.Unrolled(checkpoints="sqrt"),
         bx.Unrolled(checkpoints=100),
@@ -113,8 +114,8 @@ def test_truncation_of_what_a_solver_remembers():
     ("name", "mode"),
     [
         ("Anderson", "reverse"),
-        ("accelerated", "forward"),
-        pytest.param("Newton", "reverse", marks=pytest.mark.slow),
+        slow("accelerated", "forward"),
+        slow("Newton", "reverse"),
     ],
 )
 def test_as_many_last_steps_as_there_are_is_all_of_them(name, mode):
@@ -135,7 +136,7 @@ def test_as_many_last_steps_as_there_are_is_all_of_them(name, mode):
 @pytest.mark.parametrize(
     ("row", "solver", "step_size", "last", "distance"),
     [
-        (PROBLEMS[0], bx.GradientDescent(0.2), 0.2, None, 1e-13),
+        slow(PROBLEMS[0], bx.GradientDescent(0.2), 0.2, None, 1e-13),
         (PROBLEMS[1], bx.GradientDescent(0.2), 0.2, 4, 1e-13),
         (PROBLEMS[2], bx.FixedPointIteration(), None, None, 1e-10),
     ],

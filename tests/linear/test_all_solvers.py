@@ -11,6 +11,7 @@ import pytest
 import bilevax as bx
 from bilevax import Status
 from bilevax.linear import transposable_solve
+from tests.everyday import slow
 from tests.linear.systems import (
     GENERAL,
     POSITIVE_DEFINITE,
@@ -118,7 +119,7 @@ def test_solutions_and_first_derivatives(name):
     )
 
 
-@pytest.mark.parametrize("name", ["CG", "Dense, LU"])
+@pytest.mark.parametrize("name", ["CG", slow("Dense, LU")])
 def test_second_derivatives_in_either_mode(name):
     """With A(s) and b(s): A v'' = b'' - 2 A' v' - A'' v."""
     solver, structure, matrix = ROWS[name]
@@ -196,7 +197,7 @@ def test_a_bad_lane_does_not_spoil_its_neighbours(name):
 
 @pytest.mark.parametrize("scale_of_b", [2.0**-66, 2.0**66])
 @pytest.mark.parametrize("scale_of_a", [2.0**-40, 1.0, 2.0**40])
-@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("transpose", [False, slow(True)])
 @pytest.mark.parametrize("solver", SCALED, ids=lambda solver: type(solver).__name__)
 def test_scaling_by_powers_of_two_changes_no_bit(solver, transpose, scale_of_a, scale_of_b):
     """Solutions and reports in float32: A times 1e12 and b times 1e20, or their inverses."""

@@ -7,6 +7,7 @@ from jax.tree_util import Partial
 
 import bilevax as bx
 from bilevax import Status
+from tests.everyday import slow
 from tests.linear import systems
 from tests.linear.systems import GENERAL, SIZE, relative_error, relative_residual, vector
 
@@ -38,7 +39,7 @@ def test_solves_nonsymmetric_systems(kind, seed):
     np.testing.assert_allclose(report.residual, relative_residual(matrix, v, b), atol=1e-14)
 
 
-@pytest.mark.parametrize(("dtype", "condition"), [(np.float32, 1e4), (np.float64, 1e8)])
+@pytest.mark.parametrize(("dtype", "condition"), [slow(np.float32, 1e4), (np.float64, 1e8)])
 @pytest.mark.parametrize("seed", range(5))
 def test_gmres_does_not_square_the_condition_number(seed, dtype, condition):
     generator = np.random.default_rng(seed)
@@ -130,7 +131,7 @@ def test_without_a_step_there_is_no_solution(kind):
 
 
 @both
-@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("transpose", [slow(False), True])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_the_exact_preconditioner_takes_one_step(kind, scale, transpose):
     inverse = np.linalg.inv(A) / scale
@@ -158,7 +159,7 @@ def krylov_minimum(matrix, b, dimension):
     return basis @ np.linalg.lstsq(matrix @ basis, b)[0]
 
 
-@pytest.mark.parametrize("restart", [1, 3])
+@pytest.mark.parametrize("restart", [slow(1), 3])
 def test_a_cycle_of_gmres_minimises_the_residual_over_the_krylov_space(restart):
     v, report = solve(make(bx.GMRES, 0.0, restart=restart, maxiter=1), A, B)
     expected = krylov_minimum(A, B, restart)

@@ -1,6 +1,7 @@
 """The two entry points: failures, messages, defaults, empty systems, other people's solvers."""
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import pytest
 import bilevax as bx
 from bilevax import OnFailure, Status
 from bilevax.linear import default_rtol, transposable_solve
+from tests.everyday import params
 from tests.linear.systems import (
     GENERAL,
     POSITIVE_DEFINITE,
@@ -199,23 +201,27 @@ def test_a_solver_of_ones_own_sees_a_right_hand_side_of_moderate_size():
         assert report.residual == 1.0  # of b / 2^603
 
 
+PRECISIONS = {
+    "64-32": (np.float64, np.float32),
+    "32-16": (np.float32, np.float16),
+    "32-b16": (np.float32, jnp.bfloat16),
+    "b16-b16": (jnp.bfloat16, jnp.bfloat16),
+}
+WITH_PRECISIONS = [bx.CG(), bx.NormalCG(), bx.GMRES(), bx.BiCGStab(), bx.Dense()]
+EVERYDAY = [*zip(WITH_PRECISIONS, [*PRECISIONS, "32-b16"], strict=True)]  # each of them once
+
+
 @pytest.mark.parametrize(
-    ("wide", "narrow"),
-    [
-        (np.float64, np.float32),
-        (np.float32, np.float16),
-        (np.float32, jnp.bfloat16),
-        (jnp.bfloat16, jnp.bfloat16),
-    ],
-    ids=str,
+    ("solver", "precision"),
+    params(
+        itertools.product(WITH_PRECISIONS, PRECISIONS),
+        lambda *row: row in EVERYDAY,
+        lambda part: part if isinstance(part, str) else type(part).__name__,
+    ),
 )
-@pytest.mark.parametrize(
-    "solver",
-    [bx.CG(), bx.NormalCG(), bx.GMRES(), bx.BiCGStab(), bx.Dense()],
-    ids=lambda solver: type(solver).__name__,
-)
-def test_mixed_and_low_precisions(solver, wide, narrow):
+def test_mixed_and_low_precisions(solver, precision):
     """A solution is as accurate as the least precise leaf, and counts as converged."""
+    wide, narrow = PRECISIONS[precision]
     matrix = with_spectrum(np.linspace(1.0, 3.0, SIZE))
 
     def product(v):

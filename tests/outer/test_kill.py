@@ -8,13 +8,25 @@ from concurrent.futures import ThreadPoolExecutor
 from signal import SIGINT, SIGKILL, SIGTERM
 
 import numpy as np
+import pytest
 
 from benchmarks import kills
 
 
-def test_a_run_that_is_ended_by_force_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "signals",
+    [
+        pytest.param([SIGKILL, SIGINT, SIGTERM], id="each"),
+        pytest.param(
+            [SIGKILL, SIGINT, SIGKILL, SIGTERM, SIGKILL], id="more", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_run_that_is_ended_by_force_goes_on_to_the_same_bits(signals, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles in half the time
-    signals = [SIGKILL, SIGINT, SIGKILL, SIGTERM, SIGKILL]
+    if len(signals) == 3:  # what one process has compiled, the next ones read
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
+        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     steps = kills.enough_steps(signals)
     folders = killed, alone = tmp_path / "killed", tmp_path / "alone"
     for folder in folders:

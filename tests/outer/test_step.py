@@ -96,8 +96,17 @@ def test_steps_in_single_precision():
     np.testing.assert_allclose(states.y, sgd_loop(Y, 20)[0][1:], atol=5e-5)
 
 
-@pytest.mark.parametrize("optimizer", [SGD, optax.lbfgs()], ids=["sgd", "lbfgs"])
-@pytest.mark.parametrize("names", [("float32", "float64"), ("float64", "float32")])
+@pytest.mark.parametrize(
+    ("names", "optimizer"),
+    [
+        pytest.param(("float32", "float64"), SGD, id="32-64-sgd", marks=pytest.mark.slow),
+        pytest.param(("float32", "float64"), optax.lbfgs(), id="32-64-lbfgs"),
+        pytest.param(("float64", "float32"), SGD, id="64-32-sgd"),
+        pytest.param(
+            ("float64", "float32"), optax.lbfgs(), id="64-32-lbfgs", marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_the_variables_may_differ_in_precision(names, optimizer):
     y, x0 = jnp.asarray(Y, names[0]), jnp.asarray(X0, names[1])
     step = bx.make_step(make_engine(DESCENT), optimizer)

@@ -1,6 +1,7 @@
 """Implicit differentiation at a given point: pullback, pushforward and what the report holds."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 import bilevax as bx
 from bilevax import Status
+from tests.everyday import params, slow
 from tests.rules.estimators import (
     COTANGENT,
     KINDS,
@@ -35,6 +37,15 @@ ROUNDING = 1e-14
 ACCURACY = {None: DEFAULT_ACCURACY, "dense": ROUNDING}
 SOLVERS = {None: None, "dense": bx.Dense()}
 solvers = pytest.mark.parametrize("solver", SOLVERS)
+# Every day all kinds meet the default solver, and minima the dense one.
+kinds_and_solvers = pytest.mark.parametrize(
+    ("kind", "solver"),
+    params(
+        itertools.product(KINDS, SOLVERS),
+        lambda kind, solver: solver is None or kind is MINIMUM,
+        lambda part: getattr(part, "name", str(part)),
+    ),
+)
 
 # A solver that stops where it starts.
 STANDSTILL = bx.GradientDescent(0.1, maxiter=0)
@@ -61,8 +72,7 @@ def status_of(report):
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
-@solvers
-@kinds
+@kinds_and_solvers
 def test_a_pullback_is_the_dense_one(kind, solver, scale):
     cotangent = scaled(scale, COTANGENT)
     pulled, report = bx.Implicit(SOLVERS[solver]).pullback(kind.problem, X, Y, cotangent)
@@ -83,8 +93,7 @@ def test_a_pullback_in_float32_is_as_accurate_as_float32_allows(kind, scale):
     assert status_of(report) is Status.CONVERGED
 
 
-@solvers
-@kinds
+@kinds_and_solvers
 def test_a_pushforward_is_the_dense_one(kind, solver):
     pushed = bx.Implicit(SOLVERS[solver]).pushforward(kind.problem, X, Y, TANGENT)
     assert jax.tree.map(np.shape, pushed) == jax.tree.map(np.shape, X)
@@ -92,8 +101,7 @@ def test_a_pushforward_is_the_dense_one(kind, solver):
     assert_close(flat_x(pushed), wanted, ACCURACY[solver])
 
 
-@solvers
-@kinds
+@kinds_and_solvers
 def test_a_pushforward_is_the_adjoint_of_a_pullback(kind, solver):
     rule = bx.Implicit(SOLVERS[solver])
     pulled, _ = rule.pullback(kind.problem, X, Y, COTANGENT)
@@ -102,8 +110,14 @@ def test_a_pushforward_is_the_adjoint_of_a_pullback(kind, solver):
     np.testing.assert_allclose(left, right, rtol=ACCURACY[solver])
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
-@kinds
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    params(
+        itertools.product(KINDS, ["reverse", "forward"]),
+        lambda kind, mode: (mode == "forward") == (kind is ROOT),
+        lambda part: getattr(part, "name", part),
+    ),
+)
 def test_both_modes_make_the_solution_map_differentiable(kind, mode):
     rule = bx.Implicit(bx.Dense(), mode)
     solve = bx.solution_map(kind.problem, STANDSTILL, rule)
@@ -129,8 +143,7 @@ def test_a_pullback_and_a_pushforward_do_not_depend_on_the_mode():
     assert_close(flat_x(pushed), derivative @ flat_y(TANGENT), ROUNDING)
 
 
-@solvers
-@kinds
+@kinds_and_solvers
 def test_the_report_holds_the_adjoint(kind, solver):
     _, report = bx.Implicit(SOLVERS[solver]).pullback(kind.problem, X, Y, COTANGENT)
     assert jax.tree.map(np.shape, report.adjoint) == jax.tree.map(np.shape, X)
@@ -243,7 +256,7 @@ def saddle(x, y):
     return x @ jnp.asarray(SADDLE) @ x / 2 - jnp.sum(jnp.sin(y) * x)
 
 
-@pytest.mark.parametrize("structure", [bx.Structure.SYMMETRIC, bx.Structure.GENERAL])
+@pytest.mark.parametrize("structure", [bx.Structure.SYMMETRIC, slow(bx.Structure.GENERAL)])
 def test_a_saddle_is_no_obstacle_where_it_is_declared(structure):
     problem = bx.minimum(saddle, structure=structure)
     x, y, cotangent = np.ones(3), np.array([0.3, -0.2, 0.8]), np.array([0.2, 1.0, -0.4])
@@ -263,7 +276,7 @@ def test_a_saddle_that_is_not_declared_is_found_out():
     assert np.all(np.isnan(bx.Implicit().pushforward(problem, x, y, negative)))
 
 
-@pytest.mark.parametrize("make", [bx.root, bx.fixed_point], ids=["root", "fixed_point"])
+@pytest.mark.parametrize("make", [slow(bx.root), bx.fixed_point], ids=["root", "fixed_point"])
 def test_what_is_declared_of_a_root_or_a_fixed_point_picks_the_solver(make):
     matrix = SADDLE if make is bx.root else np.eye(3) - SADDLE
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 import bilevax as bx
 from bilevax import Status
+from tests.everyday import params
 from tests.rules.estimators import (
     FLOATING,
     KINDS,
@@ -32,8 +34,6 @@ from tests.rules.estimators import (
     outer_on_trees,
     partials,
 )
-
-kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 # Linear solves end at a relative residual of eps^(3/4) = 1.8e-12, and cond(F_1) < 3 at the point.
 DEFAULT_ACCURACY = 1e-11
@@ -78,7 +78,15 @@ STEPS = {
     "gradient": StepRow(bx.GradientStep(0.3), lambda first, u, w: 0.3 * np.eye(SIZE)),
     "function": StepRow(damp, lambda first, u, w: damping(u, w)),
 }
-steps = pytest.mark.parametrize("name", STEPS)
+# Every day each step meets one kind of problem, and each kind two steps.
+kinds_and_steps = pytest.mark.parametrize(
+    ("kind", "name"),
+    params(
+        itertools.product(KINDS, STEPS),
+        lambda kind, name: (KINDS.index(kind) + list(STEPS).index(name)) % len(KINDS) == 0,
+        lambda part: getattr(part, "name", part),
+    ),
+)
 
 
 def preconditioner(name, kind):
@@ -106,8 +114,7 @@ def status_of(report):
     return Status(int(report.status))
 
 
-@steps
-@kinds
+@kinds_and_steps
 def test_the_point_moves_by_one_step(kind, name):
     x, *_ = evaluate(name, kind)
     assert jax.tree.map(np.shape, x) == jax.tree.map(np.shape, X)
@@ -115,8 +122,7 @@ def test_the_point_moves_by_one_step(kind, name):
     assert_close(flat_x(x) - U, moved - U, STEPS[name].accuracy)
 
 
-@steps
-@kinds
+@kinds_and_steps
 def test_the_hypergradient_is_the_implicit_one_at_the_corrected_point(kind, name):
     *_, gradient, pushed = evaluate(name, kind)
     moved = corrected(kind.optimality, preconditioner(name, kind), U)
@@ -128,8 +134,7 @@ def test_the_hypergradient_is_the_implicit_one_at_the_corrected_point(kind, name
     assert np.linalg.norm(gradient - before) > 1e-2 * np.linalg.norm(before)
 
 
-@steps
-@kinds
+@kinds_and_steps
 def test_the_report_tells_how_much_of_f_a_step_leaves(kind, name):
     _, report, *_ = evaluate(name, kind)
     value, first, _ = partials(kind.optimality, U)

@@ -7,6 +7,7 @@ import pytest
 from jax.tree_util import Partial
 
 import bilevax as bx
+from tests.everyday import slow
 from tests.solution_map.example import (
     SOLVER,
     TARGET,
@@ -207,7 +208,7 @@ def test_plain_numbers_and_numpy_arrays_may_be_leaves_of_a_partial():
     np.testing.assert_allclose(gradient, want_gradient, rtol=1e-10)
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("mode", ["reverse", slow("forward")])
 def test_no_tracer_outlives_its_trace(mode):
     def h(y, target):
         return outer(y, target, rule=bx.Implicit(mode=mode))

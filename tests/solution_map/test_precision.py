@@ -1,11 +1,14 @@
 """Shapes, sizes, budgets, scales and precisions of a solution map."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import bilevax as bx
+from tests.everyday import params, slow
 from tests.solution_map.example import SOLVER, TARGET, C, H, Y, objective, truth
 
 # Shapes, sizes and budgets.
@@ -46,7 +49,7 @@ def test_a_pytree_x_with_a_single_leaf():
     np.testing.assert_allclose(pull({"w": jnp.asarray(C)})[0], truth()[1], rtol=1e-10)
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("mode", ["reverse", slow("forward")])
 def test_budgets_of_zero_and_one(mode):
     x0 = np.array([0.3, -0.7])
     one_step = x0 - 0.4 * ((H + np.diag(Y)) @ x0 - TARGET)
@@ -74,19 +77,25 @@ def test_an_adjoint_that_one_iteration_solves():
 # Scales and precision.
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+RULES = {
+    "CG": bx.Implicit(),
+    "NormalCG": bx.Implicit(bx.NormalCG()),
+    "Dense": bx.Implicit(bx.Dense()),
+    "forward": bx.Implicit(mode="forward"),
+    "preconditioned": bx.Preconditioned(bx.Implicit(), step=bx.NewtonStep()),
+}
+
+
 @pytest.mark.parametrize(
-    "rule",
-    [
-        bx.Implicit(),
-        bx.Implicit(bx.NormalCG()),
-        bx.Implicit(bx.Dense()),
-        bx.Implicit(mode="forward"),
-        bx.Preconditioned(bx.Implicit(), step=bx.NewtonStep()),
-    ],
-    ids=["CG", "NormalCG", "Dense", "forward", "preconditioned"],
+    ("name", "dtype"),
+    params(
+        itertools.product(RULES, [np.float32, np.float64]),
+        lambda name, dtype: dtype is np.float32 or name == "CG",
+        lambda part: getattr(part, "__name__", part),
+    ),
 )
-def test_cotangents_of_any_size_give_the_same_relative_accuracy(rule, dtype):
+def test_cotangents_of_any_size_give_the_same_relative_accuracy(name, dtype):
+    rule = RULES[name]
     solve = bx.solution_map(bx.minimum(objective), bx.GradientDescent(dtype(0.4)), rule)
     x, pull = jax.vjp(lambda y: solve(jnp.zeros(2, dtype), y), jnp.asarray(Y, dtype))
     want = -truth()[2] * np.asarray(x, np.float64)  # the implicit formula at the point reached

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import bilevax as bx
+from tests.everyday import slow
 from tests.solution_map.example import SOLVER, TARGET, H, Y, outer, truth
 
 CALLABLES = {
@@ -51,7 +52,7 @@ CALLABLES = {
 
 @pytest.mark.parametrize(
     ("name", "jit"),
-    [*((name, True) for name in CALLABLES), ("Optax", False), ("change, forward", False)],
+    [*((name, True) for name in CALLABLES), slow("Optax", False), ("change, forward", False)],
 )
 def test_callables_of_solvers_and_rules_may_close_over_traced_values(name, jit):
     def h(y, target, s):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import bilevax as bx
+from tests.everyday import slow
 from tests.solution_map.example import (
     SOLVER,
     TARGET,
@@ -34,7 +35,7 @@ def shifted_y():
     }
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("mode", ["reverse", slow("forward")])
 def test_integer_boolean_and_key_leaves_of_y_get_float0(mode):
     solve = bx.solution_map(bx.minimum(shifted), SOLVER, bx.Implicit(mode=mode))
     y = shifted_y()
@@ -70,7 +71,7 @@ def test_gradients_with_respect_to_some_leaves_of_y():
 # Transformations change nothing.
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("mode", ["reverse", slow("forward")])
 def test_jit_equals_eager(mode):
     solve = bx.solution_map(bx.minimum(objective), SOLVER, bx.Implicit(mode=mode))
 
@@ -119,7 +120,7 @@ def test_vmap_over_numbers_of_the_solver():
     np.testing.assert_allclose(x[:2], np.stack([truth()[0]] * 2), rtol=1e-10)
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("mode", ["reverse", slow("forward")])
 def test_a_bad_lane_does_not_spoil_its_neighbours(mode):
     solve = bx.solution_map(bx.minimum(objective), SOLVER, bx.Implicit(mode=mode))
 

@@ -134,6 +134,15 @@ def test_backtracking_solves_where_no_constant_rate_is_known():
     np.testing.assert_allclose(x, [1.0, 1.0], atol=1e-4)
 
 
+def shifted(x, y):
+    matrix, b, shift = y
+    terms = 100 * jnp.sum(jnp.cosh(0.1 * (matrix @ x - b)))  # 100 SIZE at the minimum
+    return terms + quadratic(x, (matrix, b)) - shift
+
+
+SHIFTED = bx.minimum(shifted)
+
+
 @pytest.mark.parametrize("left", [0.0, 1e-6, 1e6])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
@@ -144,14 +153,9 @@ def test_backtracking_solves_where_no_constant_rate_is_known():
 def test_line_searches_bear_a_value_of_any_size_at_the_minimum(solver, dtype, left):
     """Where large terms cancel, the rounding error of f is far above eps |f|."""
     minimum = -B @ SOLUTION / 2
-
-    def shifted(x, y):
-        matrix, b = y
-        terms = 100 * jnp.sum(jnp.cosh(0.1 * (matrix @ x - b)))  # 100 SIZE at the minimum
-        return terms + quadratic(x, y) - dtype(100 * SIZE + minimum - left)
-
-    arguments = jax.tree.map(lambda leaf: leaf.astype(dtype), (X0, (MATRIX, B)))
-    x, report = solve(solver, bx.minimum(shifted), *arguments)
+    shift = np.asarray(100 * SIZE + minimum - left)
+    x0, y = jax.tree.map(lambda leaf: leaf.astype(dtype), (X0, (MATRIX, B, shift)))
+    x, report = solve(solver, SHIFTED, x0, y)
     assert report.status is Status.CONVERGED
     np.testing.assert_allclose(x, SOLUTION, atol=100 * np.finfo(dtype).eps ** 0.75)
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import bilevax as bx
+from tests.everyday import slow
 
 # x*(y) = M y / s with the means M and s of the examples, and h(y) = |x*(y) - t|^2 / 2 + |y|^2 / 10.
 RNG = np.random.default_rng(4)
@@ -77,8 +78,10 @@ def positive_part(y):
     return jnp.maximum(y, 0.0)
 
 
-@pytest.mark.parametrize("growth", [None, 1.5])
-@pytest.mark.parametrize("projection", [None, positive_part])
+@pytest.mark.parametrize(
+    ("growth", "projection"),
+    [(None, None), (1.5, positive_part), slow(1.5, None), slow(None, positive_part)],
+)
 def test_it_equals_a_python_loop(growth, projection):
     engine, optimizer = make(), optax.adam(0.3)
     state = engine.init(np.zeros(3), KEY)
@@ -259,6 +262,7 @@ def test_numbers_compile_nothing():
     assert np.all(run(2.0, 1.1) != first) and len(calls) == count
 
 
+@pytest.mark.slow  # test_host_sampler.py has the engine with batches from the host
 def test_batches_from_the_host():
     stored = bx.UniformSampler(DATA, 4)
     engine = make()

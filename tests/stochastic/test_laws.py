@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import bilevax as bx
+from tests.everyday import slow
 from tests.stochastic.example import (
     ALL_OUTER,
     TRAIN,
@@ -30,7 +31,7 @@ KEYS = jax.random.split(jax.random.key(2024), DRAWS)
 # At the exact x and v.
 
 
-@pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.parametrize("replace", [True, slow(False)])
 def test_at_the_exact_solution_the_hypergradient_has_no_bias_and_the_variance_of_a_mean(replace):
     x, v, value, gradient = truth(Y)
     samples, inner_batch, outer_batch = 3, 4, 2
@@ -164,6 +165,7 @@ def test_mean_square_error_is_bias_squared_and_variance():
     assert min(parts) > 0.04 * sum(parts)  # neither could be left out
 
 
+@pytest.mark.slow  # what it is at the exact x and v is tested above
 def test_the_standard_error_is_the_scatter_at_the_x_and_v_that_there_are():
     """It tells the error where x and v are exact. What x and v are off by, it does not see."""
 
@@ -195,6 +197,7 @@ def test_the_standard_error_is_the_scatter_at_the_x_and_v_that_there_are():
     assert reported < 0.7 * error
 
 
+@pytest.mark.slow  # every single step is tested in test_engine.py
 def test_the_mean_square_error_falls_like_one_over_the_counts():
     counts = np.array([50, 200, 800])
     engine = single_example_engine(
