@@ -100,7 +100,7 @@ class Problem(abc.ABC):
 
         Times eps, it is how large F is there by rounding errors alone.
         """
-        return trees.norm(self.linearize(x, y)[1].matvec(x))
+        return trees.norm(jax.jvp(lambda x: self.optimality(x, y), (x,), (x,))[1])
 
     def pull_outer(self, x: PyTree, y: PyTree, v: PyTree) -> tuple["Problem", PyTree]:
         """Return F_2(x, y)^T v, as cotangents of this problem's leaves and of y.

@@ -136,8 +136,11 @@ class TestTarget:
 
     def test_unknown(self, refuse, write):
         arguments = ["--target", "Answer", "--model", "logistic"]
-        message = "has no column 'Answer'; its columns are 'size', 'age', 'answer'"
+        columns = "its columns are 'size', 'age', 'answer'"
+        message = f"has no column 'Answer'; {columns}; did you mean 'answer'?\n"
         refuse(message, write(LINES), *arguments)
+        arguments[1] = "weight"
+        refuse(f"has no column 'weight'; {columns}\n", write(LINES), *arguments)
 
     def test_text_for_ridge(self, refuse, write):
         message = "is not a number (for example 'no'); ridge predicts numbers"

@@ -27,7 +27,9 @@ def make_study(
         folds=2,
         penalties=Penalties(["x"] * len(penalties), np.zeros(features, int)),
         grid=SimpleNamespace(losses=np.array([start]), best=0.02),
-        tuned=SimpleNamespace(penalties=np.array(penalties), run=run, losses=losses),
+        tuned=SimpleNamespace(
+            penalties=np.array(penalties), run=run, losses=losses, is_better=tuned < single
+        ),
         model=SimpleNamespace(kind=Kind.RIDGE),
         seconds={"total": 3.0},
         unit=1.0,
@@ -82,6 +84,14 @@ def test_how_the_gradient_fell(norms, words):
 )
 def test_penalties_on_a_bound_are_counted(penalties, words):
     assert conclude(make_study(penalties=penalties)).partition(" s.")[2] == words
+
+
+def test_a_loss_that_was_minimised_is_said_to_flatter():
+    words = "The tuned loss flatters, for it is what was minimised"
+    few, many = (conclude(make_study(tuned=0.9, rows=rows)) for rows in (200, 5))
+    assert few.endswith(f"\n{words}: judge the model by rows not in the data.")
+    assert f"\n{words}, the more so with 1 penalty and 5 rows: judge" in many
+    assert "flatters" not in conclude(make_study())
 
 
 def test_the_axis_of_losses_has_no_offset():

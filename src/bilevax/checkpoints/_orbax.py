@@ -41,6 +41,10 @@ class Checkpoints(Checkpointer):
     is complete, so a process that is killed leaves complete ones only. A run with the same
     directory goes on from the newest of them, to the same bits.
 
+    A run of another problem is refused: other shapes, another y or x0 at the start, objectives that
+    have other values or slopes there. Step sizes, schedules, projections and tolerances may change:
+    the run goes on with the new ones, from the old state.
+
     The last `keep` are kept, and the one with the smallest value. Each is a folder `save_0`,
     `save_1`, ... with the arrays of a state in an `.npz` file.
 

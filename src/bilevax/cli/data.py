@@ -1,5 +1,6 @@
 """Checks, classes and standardising: from a table to what is fitted."""
 
+import difflib
 from typing import NamedTuple
 
 import numpy as np
@@ -66,7 +67,12 @@ def feature_names(table: Table, target: str | None) -> list[str]:
     if target is None:
         raise DataError(f"say with --target which column of {table.path} is the target: {columns}")
     if target not in names:
-        raise DataError(f"{table.path} has no column {quote(target)}; its columns are {columns}")
+        likely = difflib.get_close_matches(target.lower(), [name.lower() for name in names], 1)
+        hint = next((name for name in names if [name.lower()] == likely), None)
+        hint = "" if hint is None else f"; did you mean {quote(hint)}?"
+        raise DataError(
+            f"{table.path} has no column {quote(target)}; its columns are {columns}{hint}"
+        )
     names.remove(target)
     if not names:
         raise DataError(f"{table.path} has no column besides the target {quote(target)}")

@@ -61,9 +61,11 @@ LogisticRegression(C) has C = 1 / (rows * penalty).
 
 What is minimised is the mean over folds of the mean loss of the rows that a fold holds out:
 squared error for ridge, in the unit of the target squared, and cross entropy in nats for
-classes. Folds are random, with each class in equal shares; each one standardises by its own
-training rows. Best single penalty first, by a grid; from there on all penalties, between
-{LOWEST:g} and {HIGHEST:g}, by steps on hypergradients. Last, a fit to all rows of DATA.
+classes. Folds are those of scikit-learn's KFold and, for classes, StratifiedKFold, shuffled with
+--seed; each one standardises by its own training rows. Best single penalty first, by a grid; from
+there on all penalties, between {LOWEST:g} and {HIGHEST:g}, by steps on hypergradients. Last, a fit
+to all rows of DATA. The loss of many penalties flatters, for it is what was minimised: judge the
+model by other rows.
 
 {_FILES}
 
@@ -74,7 +76,8 @@ in the folder OUT:
   model.json    coefficients and intercepts, of standardised features and in the units of the
                 data; penalties, means, scales, names of features and classes
   report.json   everything: settings; losses in each fold; history of the steps, whose losses
-                are those of fits that end early; seconds, whose parts sum up to the total
+                are those of fits that end early; seconds of this command, whose
+                parts sum up to the total
   report.html   the same to look at, in one file
   checkpoints/  states of a run that is not finished, saved each minute
 

@@ -28,8 +28,6 @@ th, td { text-align: left; padding: 0.2rem 1rem 0.2rem 0; border-bottom: 1px sol
 <h1>$title</h1>
 <pre>$table</pre>
 <p>$conclusion</p>
-<p>The loss of the tuned penalties flatters, for it is what was minimised: judge the model by rows
-that are not in the data.</p>
 $sections
 </body>
 </html>

@@ -166,7 +166,17 @@ def conclude(study: Study) -> str:
     if bounds.any():
         number = counted(bounds.sum(), "penalty", "penalties")
         lines.append(f"{number} ended on a bound, {LOWEST:g} or {HIGHEST:g}.")
+    if study.tuned.is_better:
+        lines.append(_flattery(len(study.penalties.names), study.training_rows))
     return "\n".join(lines)
+
+
+def _flattery(penalties: int, rows: int) -> str:
+    many = f", the more so with {counted(penalties, 'penalty', 'penalties')} and {rows} rows"
+    return (
+        "The tuned loss flatters, for it is what was minimised"
+        f"{many if 10 * penalties > rows else ''}: judge the model by rows not in the data."
+    )
 
 
 def _compare(value: float, reference: float, name: str) -> str:

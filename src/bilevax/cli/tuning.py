@@ -28,6 +28,7 @@ from bilevax.cli.search import (
 # With more features than rows and small penalties, a part of 1e-5 is still far from the solution.
 _RTOL, _FIT_RTOL = 3e-8, 1e-10
 _ADJOINT_RTOL = 1e-3
+_ATOL = 1e-12  # gradients of standardised data are of the order of one, and rounding below this
 # Adam suits penalties, whose slopes differ by orders of magnitude, and needs no line search. Its
 # memory is short: a step changes the landscape for the next ones.
 _STEP_SIZE, _MOMENTUM = 0.5, 0.8
@@ -117,7 +118,7 @@ def make_engine(
     if rule in steps:
         formula = bx.Preconditioned(formula, step=steps[rule])
     problem = inner_problem(rows, folds, curvatures, index)
-    return bx.value_and_hypergradient(loss, problem, bx.Newton(rtol=rtol), formula)
+    return bx.value_and_hypergradient(loss, problem, bx.Newton(rtol=rtol, atol=_ATOL), formula)
 
 
 def tune(

@@ -15,20 +15,30 @@ from bilevax.outer._step import OuterStep
 
 PyTree = Any
 
+# What the numbers are called in messages. The first that differs is named, so y stands before what
+# changes with it.
+_NAMES = (
+    "y, along a fixed direction,",
+    "the outer objective",
+    "its gradient, along a fixed direction,",
+    "F, along a fixed direction,",
+    "F near x0, along a fixed direction,",
+)
+
 
 def identify(step: OuterStep, state: BilevelState, batched: bool) -> Identity:
     """Return what tells this problem from others: numbers at its start, and shapes."""
-    numbers = _numbers(step, state, batched=batched)
+    numbers = zip(_NAMES, _numbers(step, state, batched=batched), strict=True)
     leaves = jax.tree_util.tree_leaves_with_path(state)
     shapes = {jax.tree_util.keystr(path): checks.describe(leaf) for path, leaf in leaves}
-    return Identity({name: np.ravel(number).tolist() for name, number in numbers.items()}, shapes)
+    return Identity({name: np.ravel(number).tolist() for name, number in numbers}, shapes)
 
 
 @functools.partial(jax.jit, static_argnames="batched")
-def _numbers(step: OuterStep, state: BilevelState, batched: bool) -> dict[str, jax.Array]:
-    """Return what a problem has at its start, by what it is called in messages."""
+def _numbers(step: OuterStep, state: BilevelState, batched: bool) -> list[jax.Array]:
+    """Return what a problem has at its start."""
 
-    def one(state: BilevelState) -> dict[str, jax.Array]:
+    def one(state: BilevelState) -> list[jax.Array]:
         engine = step.engine_for(state.key)
         x, y = state.warm.start, state.y
         value_at_start, slopes = jax.value_and_grad(engine.value, argnums=(0, 1))(x, y)
@@ -36,13 +46,8 @@ def _numbers(step: OuterStep, state: BilevelState, batched: bool) -> dict[str, j
         flat, unravel = ravel_pytree(x)
         moved = flat + 0.01 * (1 + jnp.abs(flat)) * _direction(flat)
         nearby = unravel(moved.astype(flat.dtype))
-        return {
-            "the outer objective": value_at_start,
-            "its gradient, along a fixed direction,": _along(slopes),
-            "F, along a fixed direction,": _along(engine.problem.optimality(x, y)),
-            "F near x0, along a fixed direction,": _along(engine.problem.optimality(nearby, y)),
-            "y, along a fixed direction,": _along(y),
-        }
+        optimality = [engine.problem.optimality(point, y) for point in (x, nearby)]
+        return [_along(y), value_at_start, _along(slopes), *map(_along, optimality)]
 
     return (jax.vmap(one) if batched else one)(state)
 
