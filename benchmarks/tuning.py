@@ -115,7 +115,7 @@ def run_ours(problem: Problem) -> dict[str, Any]:
     }
 
 
-def run_sklearn(problem: Problem, **tolerance: float) -> dict[str, Any]:
+def run_sklearn(problem: Problem, **tolerance: Any) -> dict[str, Any]:
     features, everything = problem.rows.features, np.arange(len(problem.target))
     cv = [(np.setdiff1d(everything, rows), rows) for rows in problem.held_out]
     alphas = GRID * len(features) * (1 - 1 / FOLDS)
