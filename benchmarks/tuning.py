@@ -13,8 +13,8 @@ Three data sets of scikit-learn with the same five folds for all: breast cancer 
 and for digits
 
   by hand     the same in JAX by a program for these data alone (`tuning_by_hand.py`): the limit
-  accurate    LogisticRegressionCV with a tolerance of 1e-6, at which its losses are right to 0.2 %;
-              with the default one they are wrong by up to 30 % where the penalty is weak
+  accurate    LogisticRegressionCV with a tolerance of 1e-6 in place of 1e-4, which is too loose for
+              weak penalties
 
 What is expected: tuned is no worse than grid, the requested accuracy is reached, and on digits the
 first run takes less time than scikit-learn. Whatever is not so is listed as missed, and then the

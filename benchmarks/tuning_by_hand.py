@@ -21,7 +21,8 @@ from bilevax.cli.model import Rows, penalised_loss, row_losses, zero_weights
 from bilevax.cli.preconditioner import curvatures, inverses
 from bilevax.cli.search import GRID
 
-RTOL, GRID_RTOL, ADJOINT_RTOL, FORCING = 1e-6, 1e-4, 1e-3, 0.1
+# Norms of gradients of fits, and relative residuals of adjoint systems and of Newton directions.
+TOLERANCE, GRID_TOLERANCE, ADJOINT_RTOL, FORCING = 1e-6, 1e-4, 1e-3, 0.1
 NEWTON_STEPS, PRODUCTS = 20, 100  # at most, of a fit and of a solve
 OPTIMIZER = optax.adam(0.5, b1=0.8)
 
@@ -41,14 +42,16 @@ def tune(rows: Rows, folds: Folds, accuracy: float, most_steps: int) -> ByHand:
     y = np.full(len(rows.design) - 1, np.log(GRID[0]))
     began = time.perf_counter()
     curvature = curvatures(rows, folds, np.asarray(zero))
-    lowered = jax.jit(_evaluation(rows, folds)).lower(zero, zero, y, curvature, RTOL, ADJOINT_RTOL)
+    lowered = jax.jit(_evaluation(rows, folds)).lower(
+        zero, zero, y, curvature, TOLERANCE, ADJOINT_RTOL
+    )
     evaluate = lowered.compile()
     compiling = time.perf_counter() - began
 
     began = time.perf_counter()
     weights, value, best = zero, np.inf, (np.inf, 0.0, zero)
     for log in np.log(GRID):
-        found = evaluate(weights, zero, np.full_like(y, log), curvature, GRID_RTOL, 1.0)
+        found = evaluate(weights, zero, np.full_like(y, log), curvature, GRID_TOLERANCE, 1.0)
         weights, value = found[0], float(found[2])
         best = min(best, (value, log, weights), key=lambda entry: entry[0])
     _, log, weights = best
@@ -57,7 +60,7 @@ def tune(rows: Rows, folds: Folds, accuracy: float, most_steps: int) -> ByHand:
     y, adjoint, steps, first = np.full_like(y, log), zero, 0, np.inf
     memory, update = OPTIMIZER.init(y), jax.jit(OPTIMIZER.update)
     while steps < most_steps:
-        found = evaluate(weights, adjoint, y, curvature, RTOL, ADJOINT_RTOL)
+        found = evaluate(weights, adjoint, y, curvature, TOLERANCE, ADJOINT_RTOL)
         weights, adjoint, value, slope = found
         norm = np.linalg.norm(np.clip(y - slope, lowest, highest) - y)
         first, steps = norm if steps == 0 else first, steps + 1
@@ -83,7 +86,7 @@ def _evaluation(rows: Rows, folds: Folds) -> Callable[..., Any]:
 
     gradient = jax.grad(inner)
 
-    def evaluate(weights, adjoint, y, curvature, rtol, adjoint_rtol):
+    def evaluate(weights, adjoint, y, curvature, tolerance, adjoint_rtol):
         inverse = inverses(curvature + jnp.diag(jnp.append(jnp.exp(y) * variance, 0)))
 
         def precondition(r: jax.Array) -> jax.Array:
@@ -100,7 +103,7 @@ def _evaluation(rows: Rows, folds: Folds) -> Callable[..., Any]:
 
         def is_rough(carry: Any) -> jax.Array:
             _, slope, count = carry
-            return jnp.any(_dot(slope, slope) > rtol**2) & (count < NEWTON_STEPS)
+            return jnp.any(_dot(slope, slope) > tolerance**2) & (count < NEWTON_STEPS)
 
         start = weights, gradient(weights, y), 0
         weights, _, _ = jax.lax.while_loop(is_rough, newton_step, start)

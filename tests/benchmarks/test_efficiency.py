@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import efficiency_problems as study
+from tests.everyday import slow
 
 DIRECTORY = pathlib.Path(__file__).parents[1] / "reference"
 FILES = {"ridge": "diabetes_ridge.json", "logistic": "synthetic_logistic.json"}
@@ -40,9 +41,7 @@ def test_the_reference_has_every_rule_that_is_studied(inner, outer):
 
 
 # The quadratic outer objective meets all rules, the logistic regression the other inner problem.
-@pytest.mark.parametrize(
-    "inner, outer", [pytest.param(*CASES[0], marks=pytest.mark.slow), *CASES[1:]]
-)
+@pytest.mark.parametrize("inner, outer", [slow(*CASES[0]), *CASES[1:]])
 def test_estimators(inner, outer):
     draw, points, expected = load(inner, outer)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -13,6 +14,7 @@ from jax.tree_util import Partial
 import bilevax as bx
 from tests.bad_input.example import assert_fails
 from tests.certificates.test_efficiency import LOGISTIC, PENALTY, RIDGE, validation
+from tests.everyday import params, slow
 from tests.rules.estimators import W, image, outer
 from tests.test_compilation import recorded_compilations
 
@@ -96,16 +98,11 @@ def assert_sound(result, allowed):
 
 # Every day a rule of first and one of second order, on the regressions, which share their
 # programs. The fixed point is in the next test, the other rule in the last but one.
-PAIRS = [
-    pytest.param(
-        case,
-        name,
-        id=f"{case.name}-{name}",
-        marks=pytest.mark.slow if case is CONTRACTION or name == "diagonal_change" else (),
-    )
-    for case in CASES
-    for name in RULES
-]
+PAIRS = params(
+    itertools.product(CASES, RULES),
+    lambda case, name: case is not CONTRACTION and name != "diagonal_change",
+    lambda part: getattr(part, "name", part),
+)
 
 
 @pytest.mark.parametrize(("case", "name"), PAIRS)
@@ -360,7 +357,7 @@ def test_a_rule_whose_own_tolerance_is_loose():
 
 def test_a_rule_that_cannot_be_accurate():
     """Damping is an error that no inner iteration and no tolerance reduces."""
-    rule = own_solver(1e-12, 0.1)
+    rule = bx.Implicit(bx.CG(damping=0.1))
     result = RIDGE.run(bx.RelativeAccuracy(1e-3), rule)
     assert result.report.inner.status == Status.STALLED
     certificate, true = result.report.certificate, RIDGE.relative_error(result)
@@ -550,7 +547,7 @@ NEWTON = bx.Newton()
         pytest.param(SLOW, BOTH[1], id="gradient_descent-absolute"),
         pytest.param(NEWTON, BOTH[0], id="newton-relative"),
         # The next test has Newton's method and an absolute accuracy.
-        pytest.param(NEWTON, BOTH[1], id="newton-absolute", marks=pytest.mark.slow),
+        slow(NEWTON, BOTH[1], id="newton-absolute"),
     ],
 )
 def test_a_start_where_newton_steps_are_misleading(solver, accuracy):
@@ -746,7 +743,7 @@ def weighted_sum(x, y):
 @pytest.mark.parametrize(
     "rule",
     [
-        pytest.param(bx.Implicit(), id="implicit", marks=pytest.mark.slow),
+        slow(bx.Implicit(), id="implicit"),
         pytest.param(bx.Reparameterized(bx.Implicit(), bx.DiagonalChange()), id="diagonal"),
     ],
 )

@@ -20,6 +20,7 @@ from jax.tree_util import Partial
 import bilevax as bx
 from tests.bad_input.example import assert_fails
 from tests.certificates.test_efficiency import LOGISTIC, PENALTY, RIDGE, validation
+from tests.everyday import params
 from tests.rules.estimators import FIXED_POINT, FLOATING, ROOT, W, Y, like_x, outer, outer_on_trees
 from tests.test_compilation import Counted, recorded_compilations
 
@@ -166,14 +167,7 @@ EVERYDAY = [
 ]
 pairs = pytest.mark.parametrize(
     ("case", "name"),
-    [
-        pytest.param(
-            *pair,
-            id=f"{pair[0].name}-{pair[1]}",
-            marks=() if pair in EVERYDAY else pytest.mark.slow,
-        )
-        for pair in PAIRS
-    ],
+    params(PAIRS, lambda *pair: pair in EVERYDAY, lambda part: getattr(part, "name", part)),
 )
 
 
@@ -372,7 +366,7 @@ def adjoint_of(case, rule, u):
 
 def test_a_known_adjoint_saves_work_and_changes_nothing():
     u = LOGISTIC.solution + 1e-2 * DIRECTION
-    for rule in (limited(), limited(rtol=1e-2)):
+    for rule in (bx.Implicit(), limited(rtol=1e-2)):
         alone = LOGISTIC.certificate(rule, u)
         _, v = adjoint_of(LOGISTIC, rule, u)
         known = LOGISTIC.certificate(rule, u, adjoint=v)

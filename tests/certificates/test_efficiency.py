@@ -16,6 +16,7 @@ from jax.tree_util import Partial
 
 import bilevax as bx
 from tests.bad_input.example import assert_fails
+from tests.everyday import params
 from tests.rules.estimators import (
     FIXED_POINT,
     FLOATING,
@@ -280,10 +281,7 @@ def flat_jacobian(kind):
 # The regressions are minima too.
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param(kind, id=kind.name, marks=pytest.mark.slow if kind is MINIMUM else ())
-        for kind in KINDS
-    ],
+    params(zip(KINDS, strict=True), lambda kind: kind is not MINIMUM, lambda kind: kind.name),
 )
 def test_pytrees(kind):
     rule = bx.Implicit() if kind is FIXED_POINT else DENSE

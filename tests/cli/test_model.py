@@ -1,5 +1,7 @@
 """The losses, the folds and the hypergradient, against scikit-learn, NumPy and differences."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ from bilevax.cli.preconditioner import curvatures, inverses
 from bilevax.cli.report import loss_unit
 from bilevax.cli.search import Evaluator, inner_problem
 from bilevax.cli.tuning import make_engine
+from tests.everyday import params, slow
 
 FOLDS = 3
 NAMES = ["a", "b", "c", "d"]
@@ -121,16 +124,9 @@ def test_penalties_of_ridge_give_the_closed_form():
 
 
 # Each kind and each rule once a day; with the kinds outside, for they are those of a fixture.
-HYPERGRADIENTS = [
-    pytest.param(
-        kind,
-        rule,
-        id=f"{kind}-{rule}",
-        marks=() if number == place else pytest.mark.slow,
-    )
-    for number, kind in enumerate(Kind)
-    for place, rule in enumerate(RULES)
-]
+HYPERGRADIENTS = params(
+    itertools.product(Kind, RULES), lambda *pair: pair in zip(Kind, RULES, strict=True)
+)
 
 
 @pytest.mark.parametrize(("case", "rule"), HYPERGRADIENTS, indirect=["case"])
@@ -161,7 +157,7 @@ def test_the_hypergradient_is_that_of_differences(case, rule):
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(Kind.RIDGE, id="ridge", marks=pytest.mark.slow),  # the easier of the two
+        slow(Kind.RIDGE, id="ridge"),  # the easier of the two
         pytest.param(Kind.MULTINOMIAL, id="multinomial"),
     ],
 )

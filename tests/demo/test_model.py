@@ -14,6 +14,7 @@ import bilevax as bx
 from bilevax.demo import model
 from bilevax.demo.data import DataError, Table, breast_cancer, digits, prepare
 from bilevax.demo.tuning import inner_problem, make_engine, outer_objective
+from tests.everyday import slow
 
 
 def small_task(classes, features=4, rows=90, seed=0):
@@ -79,7 +80,7 @@ def test_weights_are_those_of_sklearn(task, solve):
 @pytest.mark.parametrize(
     "task",
     [
-        pytest.param(2, id="two classes", marks=pytest.mark.slow),
+        slow(2, id="two classes"),
         pytest.param(3, id="three classes"),
     ],
     indirect=True,

@@ -9,6 +9,7 @@ from bilevax.demo import figures, report
 from bilevax.demo.data import Table, digits, prepare
 from bilevax.demo.study import RTOLS, RULES, Study
 from bilevax.demo.tuning import Run
+from tests.everyday import slow
 
 PARTS = {"train", "validation", "test"}
 
@@ -113,7 +114,7 @@ def test_steps_are_whole_numbers(entries, saved, tmp_path):
 # No range, less than a decade, and many decades; the others are in between.
 @pytest.mark.parametrize(
     "ratio",
-    [1.0, 1.2, 1e12, *(pytest.param(r, marks=pytest.mark.slow) for r in (1.0001, 2.0, 9.0, 1e3))],
+    [1.0, 1.2, 1e12, *map(slow, (1.0001, 2.0, 9.0, 1e3))],
 )
 def test_every_range_has_labels(ratio, saved, tmp_path):
     task, run = a_task(3), a_run((3, 3), 0.2, 0.3)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import bilevax as bx
+from tests.everyday import params
 from tests.outer.example import DESCENT, SGD, STEP, Y, inner, make_engine, outer, truth
 from tests.outer.test_minimize import Memory, run
 
@@ -37,10 +38,7 @@ STEPS = {
 
 
 # The runs that fail, below, are lanes of the constant schedule.
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name == "adaptive" else pytest.mark.slow) for name in STEPS],
-)
+@pytest.mark.parametrize("name", params(zip(STEPS, strict=True), lambda name: name == "adaptive"))
 def test_runs_of_a_batch_equal_runs_by_themselves(name):
     options = {"steps": 60, "rtol": 0.1}
     result = run(STEPS[name], YS, batched=True, **options)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import bilevax as bx
+from tests.everyday import params
 from tests.outer.example import LARGEST, X0, Y, inner, make_engine, outer, truth
 
 PROBLEM = bx.minimum(inner)
@@ -49,9 +50,7 @@ def test_the_adjoint_solve_may_have_a_tolerance_of_its_own():
 
 
 # The gradient step has a dense solve too.
-@pytest.mark.parametrize(
-    "name", [pytest.param("dense", marks=pytest.mark.slow), *(n for n in RULES if n != "dense")]
-)
+@pytest.mark.parametrize("name", params(zip(RULES, strict=True), lambda name: name != "dense"))
 def test_a_certificate_is_that_of_the_point_and_tells_the_true_error(name):
     rule = RULES[name]
     result = make_engine(ROUGH, rule, certified=True)(Y, bx.cold_start(X0))

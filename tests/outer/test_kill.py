@@ -11,20 +11,21 @@ import numpy as np
 import pytest
 
 from benchmarks import kills
+from tests.everyday import slow
 
 
 @pytest.mark.parametrize(
-    "signals",
+    ("signals", "cached"),
     [
-        pytest.param([SIGKILL, SIGINT, SIGTERM], id="each"),
-        pytest.param(
-            [SIGKILL, SIGINT, SIGKILL, SIGTERM, SIGKILL], id="more", marks=pytest.mark.slow
-        ),
+        pytest.param([SIGKILL, SIGINT, SIGTERM], True, id="each"),
+        slow([SIGKILL, SIGINT, SIGKILL, SIGTERM, SIGKILL], False, id="more"),
     ],
 )
-def test_a_run_that_is_ended_by_force_goes_on_to_the_same_bits(signals, tmp_path, monkeypatch):
+def test_a_run_that_is_ended_by_force_goes_on_to_the_same_bits(
+    signals, cached, tmp_path, monkeypatch
+):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles in half the time
-    if len(signals) == 3:  # what one process has compiled, the next ones read
+    if cached:  # what one process has compiled, the next ones read
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
         monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     steps = kills.enough_steps(signals)

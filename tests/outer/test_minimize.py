@@ -8,6 +8,7 @@ import pytest
 
 import bilevax as bx
 from bilevax.outer import Checkpointer, OpenCheckpoints
+from tests.everyday import slow
 from tests.outer.example import (
     ENGINE,
     LARGEST,
@@ -143,12 +144,7 @@ def test_chunks_do_not_change_a_single_bit():
         assert_equal(parts.history, whole.history)
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "length", [pytest.param(1, marks=SLOW), 4, pytest.param(10, marks=SLOW), 30]
-)
+@pytest.mark.parametrize("length", [slow(1), 4, slow(10), 30])
 def test_a_history_is_in_the_order_of_steps(length):
     result = run(steps=10, rtol=0.0, history=length)
     values = sgd_loop(Y, 10)[1][max(10 - length, 0) :]
@@ -240,7 +236,7 @@ def test_an_identity_tells_problems_apart_by_more_than_norms():
     assert usual[value] == pytest.approx(outer(X0, Y))
 
 
-@pytest.mark.parametrize("dtype", [np.float16, pytest.param(np.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [np.float16, slow(np.float32)])
 def test_an_identity_sees_long_and_constant_vectors(dtype):
     """Half precision has no 70 000, and cosines of so many angles add up to nothing."""
     problem = bx.minimum(lambda x, y: 0.5 * jnp.sum((x - y) ** 2))

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import bilevax as bx
+from tests.everyday import slow
 from tests.outer.example import (
     ADAM,
     DESCENT,
@@ -99,12 +100,10 @@ def test_steps_in_single_precision():
 @pytest.mark.parametrize(
     ("names", "optimizer"),
     [
-        pytest.param(("float32", "float64"), SGD, id="32-64-sgd", marks=pytest.mark.slow),
+        slow(("float32", "float64"), SGD, id="32-64-sgd"),
         pytest.param(("float32", "float64"), optax.lbfgs(), id="32-64-lbfgs"),
         pytest.param(("float64", "float32"), SGD, id="64-32-sgd"),
-        pytest.param(
-            ("float64", "float32"), optax.lbfgs(), id="64-32-lbfgs", marks=pytest.mark.slow
-        ),
+        slow(("float64", "float32"), optax.lbfgs(), id="64-32-lbfgs"),
     ],
 )
 def test_the_variables_may_differ_in_precision(names, optimizer):

@@ -67,9 +67,9 @@ def feature_names(table: Table, target: str | None) -> list[str]:
     if target is None:
         raise DataError(f"say with --target which column of {table.path} is the target: {columns}")
     if target not in names:
-        likely = difflib.get_close_matches(target.lower(), [name.lower() for name in names], 1)
-        hint = next((name for name in names if [name.lower()] == likely), None)
-        hint = "" if hint is None else f"; did you mean {quote(hint)}?"
+        lower = {name.lower(): name for name in names}
+        likely = difflib.get_close_matches(target.lower(), lower, 1)
+        hint = f"; did you mean {quote(lower[likely[0]])}?" if likely else ""
         raise DataError(
             f"{table.path} has no column {quote(target)}; its columns are {columns}{hint}"
         )
