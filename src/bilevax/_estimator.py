@@ -25,6 +25,7 @@ class Estimate(NamedTuple):
       value: g at `x`, a scalar.
       gradient: Omega, a pytree like y (float0 for integer and key leaves).
       x: the point at which both are evaluated, after a correction if the rule makes one.
+      terms: the size of the terms that cancel in `gradient`: ||g_2|| + ||(dx*/dy)^T g_1||.
       correction: the `LinearReport` of the correction, or None.
       rule: the `RuleReport` of the adjoint solve.
       aux: what the outer objective returns besides, or None.
@@ -33,6 +34,7 @@ class Estimate(NamedTuple):
     value: jax.Array
     gradient: PyTree
     x: PyTree
+    terms: jax.Array
     correction: LinearReport | None
     rule: RuleReport
     aux: Any
@@ -97,7 +99,12 @@ def evaluate(
     cotangent_x, explicit = pull_outer(jnp.ones_like(value))
     _, implicit, report = pull_tasks(rule.pull, problem, x, y, cotangent_x, guess, settings)
     gradient = trees.add_cotangents(explicit, implicit)
-    return Estimate(value, gradient, x, None, report, aux)
+    return Estimate(value, gradient, x, size_of_terms(explicit, implicit), None, report, aux)
+
+
+def size_of_terms(explicit: PyTree, implicit: PyTree) -> jax.Array:
+    """Return the size of the terms that cancel in the sum of two cotangents of y."""
+    return trees.scaled_norm(trees.floating(explicit)) + trees.scaled_norm(trees.floating(implicit))
 
 
 def value_and_aux(

@@ -12,6 +12,20 @@ from bilevax import _trees as trees
 PyTree = Any
 
 
+@trees.register
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """Positive numbers that make the rows and columns of A comparable: those of R A C.
+
+    Attributes:
+      rows: the diagonal of R, a pytree like the image of A.
+      columns: the diagonal of C, a pytree like v: the units of its entries.
+    """
+
+    rows: PyTree
+    columns: PyTree
+
+
 class Structure(enum.Enum):
     """What is known of the Jacobian F_1. It is declared, never guessed.
 
@@ -44,6 +58,7 @@ class LinearOperator:
       epsilon: relative rounding error of a product; None for that of the least precise leaf of
         `like`.
       preconditioner: v -> what is near A^{-1} v, for solvers that have none themselves; or None.
+      scaling: of rows and columns, in which residuals are measured; or None.
     """
 
     matvec: Callable[[PyTree], PyTree]
@@ -52,6 +67,7 @@ class LinearOperator:
     complement: Callable[[PyTree], PyTree] | None = None
     epsilon: float | None = None
     preconditioner: Callable[[PyTree], PyTree] | None = None
+    scaling: Scaling | None = None
 
     @property
     def rounding(self) -> float:
@@ -61,8 +77,11 @@ class LinearOperator:
     @property
     def transpose(self) -> "LinearOperator":
         """The operator v -> A^T v."""
+        scaling = self.scaling
+        if scaling is not None:
+            scaling = Scaling(scaling.columns, scaling.rows)
         if self.structure.is_symmetric:
-            return self
+            return dataclasses.replace(self, scaling=scaling)
 
         def transposed(function: Callable[[PyTree], PyTree] | None) -> Any:
             if function is None:
@@ -75,6 +94,7 @@ class LinearOperator:
             matvec=transposed(self.matvec),
             complement=transposed(self.complement),
             preconditioner=transposed(self.preconditioner),
+            scaling=scaling,
         )
 
     def damped(self, damping: Any) -> "LinearOperator":

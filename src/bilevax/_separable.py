@@ -10,6 +10,7 @@ from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
+from bilevax._operator import Scaling
 from bilevax._problems import Problem
 
 PyTree = Any
@@ -139,10 +140,11 @@ def per_task(problem: Problem, function: Callable[..., PyTree], *stacked: PyTree
     if not isinstance(problem, Separable):
         return function(problem, *stacked)
 
-    def one(data: PyTree, *arguments: PyTree) -> PyTree:
-        return function(problem.task(data), *arguments)
+    def one(data: PyTree, scaling: Scaling | None, *arguments: PyTree) -> PyTree:
+        task = dataclasses.replace(problem.task(data), scaling=scaling)
+        return function(task, *arguments)
 
-    return jax.vmap(one)(problem.tasks, *stacked)
+    return jax.vmap(one)(problem.tasks, problem.scaling, *stacked)
 
 
 def representative(problem: Problem, x: PyTree) -> tuple[Problem, PyTree]:

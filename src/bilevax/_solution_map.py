@@ -16,6 +16,7 @@ from bilevax._failure import OnFailure, guard
 from bilevax._iterative import IterativeRule
 from bilevax._problems import Problem
 from bilevax._results import SolveReport
+from bilevax._scaling import scaled, without_scaling
 from bilevax._separable import per_task, representative
 from bilevax._status import Status, code, is_failure
 from bilevax.rules import Implicit, Rule, Settings, correct_tasks, pull_tasks, push_tasks
@@ -218,7 +219,7 @@ def _solve(
     problem.check(x0, y)
     rule.check(*representative(problem, x0), y)
     x, report = solve(problem, x0, y)
-    x, correction = correct_tasks(rule.correct, problem, x, y, settings)
+    x, correction = correct_tasks(rule.correct, scaled(problem, x, y), x, y, settings)
     report = report._replace(correction=correction)
     x = _guarded(settings, "inner solve", problem, report.status, x)
     if correction is not None:
@@ -251,9 +252,9 @@ def _pull(
 ) -> tuple[Problem, PyTree]:
     """Return cotangents of (problem, y)."""
     cotangent_problem, cotangent_y, _ = pull_tasks(
-        rule.pull, problem, x, y, cotangent, None, settings
+        rule.pull, scaled(problem, x, y), x, y, cotangent, None, settings
     )
-    return cotangent_problem, cotangent_y
+    return without_scaling(cotangent_problem), cotangent_y
 
 
 @jax.jit
@@ -266,7 +267,9 @@ def _push(
     tangent: tuple[Problem, PyTree],
 ) -> PyTree:
     """Return the tangent of x for a tangent of (problem, y)."""
-    return push_tasks(rule.push, problem, x, y, tangent, settings)
+    problem, (tangent_problem, tangent_y) = scaled(problem, x, y), tangent
+    tangent_problem = dataclasses.replace(tangent_problem, scaling=_zero_tangent(problem.scaling))
+    return push_tasks(rule.push, problem, x, y, (tangent_problem, tangent_y), settings)
 
 
 @jax.custom_vjp

@@ -48,7 +48,7 @@ def unroll(
     """
 
     def one(problem: Problem, x0: PyTree, scale: jax.Array) -> tuple[PyTree, SolveReport]:
-        return _unroll(sweep, solver, problem, x0, y, scale)
+        return _unroll(sweep, solver, solver.posed(problem, x0, y), x0, y, scale)
 
     return per_task(problem, one, x0, spread(problem, scale))
 

@@ -14,7 +14,7 @@ from bilevax._estimator import value_and_aux
 from bilevax._failure import OnFailure
 from bilevax._iterative import IterativeRule
 from bilevax._problems import Problem
-from bilevax._separable import not_separable, representative
+from bilevax._separable import Separable, not_separable, representative
 from bilevax.certificates import Accuracy
 from bilevax.hypergradient._evaluate import evaluate, evaluate_run
 from bilevax.hypergradient._results import Hypergradient, WarmStart
@@ -80,6 +80,17 @@ class Engine:
             has_aux=self.has_aux,
             on_failure=self.on_failure,
         )
+
+    @property
+    def has_certificates(self) -> bool:
+        """Whether hypergradients of this engine can be certified."""
+        return not isinstance(self.rule, IterativeRule) and not isinstance(self.problem, Separable)
+
+    def certify(self, y: PyTree, warm: WarmStart) -> Hypergradient:
+        """Return the hypergradient with a certificate, whatever the policy for failures is."""
+        certified = None if self.accuracy is not None else True
+        engine = dataclasses.replace(self, certified=certified, on_failure=OnFailure.RETURN)
+        return engine(y, warm)
 
     def value(self, x: PyTree, y: PyTree) -> jax.Array:
         """Return g(x, y), without what the outer objective returns besides."""

@@ -15,13 +15,12 @@ from bilevax._estimator import estimate, value_and_aux
 from bilevax._failure import OnFailure, guard
 from bilevax._problems import Problem
 from bilevax._results import SolveReport
+from bilevax._scaling import scaled
 from bilevax._separable import per_task, representative
 from bilevax._status import is_failure
 from bilevax.certificates import (
     Accuracy,
     Certificate,
-    Reference,
-    certificate_settings,
     certify,
     solve_accurately,
 )
@@ -49,7 +48,8 @@ def evaluate(
     """Solve, and evaluate the estimator of a rule there."""
     problem.check(warm.x, y)
     rule.check(*representative(problem, warm.x), y)
-    scale = _scale(problem, warm, y)
+    problem = scaled(problem, warm.x, y)
+    scale = cold_residual(solver, problem, warm, y)
     if accuracy is None:
         x, inner = loop.run(solver, problem, warm.x, y, scale)
         settings = Settings.following(solver.rtol, x, on_failure, adjoint_rtol)
@@ -57,12 +57,9 @@ def evaluate(
         inner = inner._replace(correction=found.correction)
         certificate = None
         if certified is not None:
-            tighter = certificate_settings(settings.rtol, x, adjoint_rtol)
             certificate = _certificate_if(
                 certified,
-                lambda: certify(
-                    outer, problem, rule, found, y, None, tighter, found.x, has_aux=has_aux
-                )[0],
+                lambda: certify(outer, problem, rule, found, y, None, has_aux=has_aux),
                 y,
             )
     else:
@@ -72,7 +69,8 @@ def evaluate(
             solver,
             rule,
             accuracy,
-            Reference(warm.x, warm.adjoint),
+            warm.x,
+            warm.adjoint,
             y,
             scale,
             on_failure,
@@ -104,7 +102,7 @@ def evaluate_run(
 ) -> Hypergradient:
     """Differentiate the run of the solver."""
     problem.check(warm.x, y)
-    scale = _scale(problem, warm, y)
+    scale = per_task(problem, lambda each, x: each.norm(each.optimality(x, y)), warm.start)
 
     def value_at(y: PyTree) -> tuple[jax.Array, tuple[PyTree, SolveReport, Any]]:
         x, inner = run(problem, warm.x, y, scale)
@@ -159,9 +157,10 @@ def _nothing(shape: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.full(shape.shape, jnp.nan if is_floating else 0, shape.dtype)
 
 
-def _scale(problem: Problem, warm: WarmStart, y: PyTree) -> jax.Array:
-    """Return ||F|| at the cold start, per task."""
-    return per_task(problem, lambda problem, x: trees.norm(problem.optimality(x, y)), warm.start)
+def cold_residual(solver: Solver, problem: Problem, warm: WarmStart, y: PyTree) -> jax.Array:
+    """Return ||F|| at the cold start as the solver measures it, per task."""
+    problem = solver.posed(problem, warm.x, y)
+    return per_task(problem, lambda each, x: each.norm(each.optimality(x, y)), warm.start)
 
 
 def _guarded(

@@ -27,6 +27,9 @@ class LinearSolver(abc.ABC):
 
     damping: Any
 
+    takes_scaling: bool = True
+    """Whether the system may be handed over with scaled rows and columns."""
+
     def prepare(self, operator: LinearOperator) -> PyTree:
         """Return what is computed once per operator (a factorisation); nothing by default."""
         return ()

@@ -50,7 +50,11 @@ def pull_tasks(
     function, cotangent_y = jax.tree.map(_with_float0, total, (problem.function, y))
     tasks = jax.tree.map(_with_float0, tasks, problem.tasks)
     cotangents = dataclasses.replace(
-        problem, function=function, tasks=tasks, preconditioner=_without_effect(problem)
+        problem,
+        function=function,
+        tasks=tasks,
+        preconditioner=_without_effect(problem.preconditioner),
+        scaling=_without_effect(problem.scaling),
     )
     return cotangents, cotangent_y, report
 
@@ -76,16 +80,19 @@ def push_tasks(
         tangent_data = jax.tree.map(_with_float0, tangent_data, data)
         tangent_function = Partial(problem.function.func, function, tangent_data)
         tangent_problem = dataclasses.replace(
-            problem, function=tangent_function, preconditioner=_without_effect(problem)
+            problem,
+            function=tangent_function,
+            preconditioner=_without_effect(problem.preconditioner),
+            scaling=_without_effect(problem.scaling),
         )
         return push(problem, x, y, (tangent_problem, tangent_y), settings)
 
     return per_task(problem, one, x, tangent_tasks)
 
 
-def _without_effect(problem: Problem) -> Partial | None:
-    """Return zeros like the preconditioner, on which no solution depends."""
-    return jax.tree.map(jax.custom_derivatives.zero_from_primal, problem.preconditioner)
+def _without_effect(part: PyTree) -> PyTree:
+    """Return zeros like a part of a problem on which no solution depends."""
+    return jax.tree.map(jax.custom_derivatives.zero_from_primal, part)
 
 
 # Batched arrays of float0 are beyond `jax.vmap`.

@@ -103,7 +103,7 @@ class Optax(base.Solver):
             value, optimality = problem.value_and_optimality(x, y)
         else:
             value, optimality = None, problem.optimality(x, y)
-        return _Evaluation(optimality, value), trees.norm(optimality)
+        return _Evaluation(optimality, value), problem.norm(optimality)
 
     def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
         return base.Iterate(x, *self.evaluate(problem, x, y), self.transformation.init(x))
