@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax.tree
 
 from bilevax import _trees as trees
 
@@ -73,6 +74,12 @@ class LinearOperator:
     def rounding(self) -> float:
         """The relative rounding error of a product."""
         return trees.epsilon(self.like) if self.epsilon is None else self.epsilon
+
+    def norm(self, image: PyTree) -> jax.Array:
+        """Return the norm of what A returns, in scaled rows; of numbers of any size."""
+        if self.scaling is not None:
+            image = optax.tree.mul(self.scaling.rows, image)
+        return trees.scaled_norm(image)
 
     @property
     def transpose(self) -> "LinearOperator":

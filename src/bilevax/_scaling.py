@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax.tree
 from jax.flatten_util import ravel_pytree
 
@@ -65,7 +64,7 @@ def _find(problem: Problem, x: PyTree, y: PyTree) -> Scaling:
     optimality, jacobian = problem.linearize(x, y)
     flat, unravel_leaves = ravel_pytree(x)
     ones = jnp.ones(flat.shape, jnp.promote_types(flat.dtype, jnp.float32))  # room for squares
-    probes = _signs(ones)
+    probes = trees.signs(_PROBES, ones)
 
     def unravel(v: jax.Array) -> PyTree:
         return unravel_leaves(v.astype(flat.dtype))
@@ -95,15 +94,6 @@ def _find(problem: Problem, x: PyTree, y: PyTree) -> Scaling:
     rows, columns = unravel(_power_of_two(end.rows)), unravel(_power_of_two(end.columns))
     unit = trees.scaled_norm(optimality) / trees.scaled_norm(optax.tree.mul(rows, optimality))
     return Scaling(trees.scale(_power_of_two(unit), rows), columns)
-
-
-def _signs(like: jax.Array) -> jax.Array:
-    """Return vectors of signs, of different bits of scrambled indices."""
-    index = jax.lax.iota(jnp.uint32, like.size)
-    bits = (index ^ (index >> 15)) * np.uint32(0x9E3779B1)
-    bits = (bits ^ (bits >> 13)) * np.uint32(0x85EBCA77)
-    rows = [((bits >> shift) & 1).astype(like.dtype) for shift in range(29, 29 - 3 * _PROBES, -3)]
-    return 2 * jnp.stack(rows) - 1
 
 
 def _spread(sizes: jax.Array) -> jax.Array:

@@ -98,16 +98,17 @@ def correct(
     )
     cotangent, explicit = pull_outer(jnp.ones_like(value))
     optimality, jacobian = problem.linearize(x, y)
-    residual = trees.add_scaled(cotangent, -1, jacobian.transpose.matvec(point.adjoint))
+    transpose = jacobian.transpose
+    residual = trees.add_scaled(cotangent, -1, transpose.matvec(point.adjoint))
     # A guess that is worse than zero, as one of another kind of variable, is of no use.
-    useful = trees.scaled_norm(residual) < trees.scaled_norm(cotangent)
+    size = transpose.norm(cotangent)
+    useful = transpose.norm(residual) < size
     adjoint = trees.where(useful, point.adjoint, jax.tree.map(jnp.zeros_like, point.adjoint))
     residual = trees.where(useful, residual, cotangent)
     move, solve = linear_solve(jacobian, residual, solver, transpose=True)
     adjoint = trees.add_scaled(adjoint, 1, move)
     _, implicit = problem.pull_outer(x, y, trees.negative(adjoint))
-    size = trees.scaled_norm(cotangent)
-    part = trees.scaled_norm(residual) / jnp.where(size > 0, size, 1)
+    part = transpose.norm(residual) / jnp.where(size > 0, size, 1)
     return Point(
         x,
         adjoint,

@@ -77,7 +77,7 @@ class _Round(NamedTuple):
     adjoint: PyTree
     found: Estimate  # with the cost of all rounds
     certificate: Certificate  # with the cost of all rounds
-    change: jax.Array  # that of the last round; infinite where x has moved by inner steps since
+    change: jax.Array  # the smallest since x has moved by inner steps
     plan: _Plan
 
 
@@ -162,7 +162,7 @@ def solve_accurately(
         can_run = (status == Status.CONVERGED) & (iterate.residual > smallest)
         usable = (now.is_near | ~can_run) & ~failed
         small = now.small & usable
-        # Two changes in a row that do not fall are rounding.
+        # Changes that do not fall are rounding.
         converging = now.converging & usable & (now.change < 0.5 * state.change)
         runs = can_run & ~converging
         can_tighten = plan.reduction > tightest
@@ -196,7 +196,7 @@ def solve_accurately(
                 products=total(state.certificate.products, now.certificate.products),
                 status=jnp.where(failed, status, now.certificate.status),
             ),
-            jnp.where(runs, jnp.inf, now.change),
+            jnp.where(runs, jnp.inf, jnp.minimum(now.change, state.change)),
             following,
         )
 
