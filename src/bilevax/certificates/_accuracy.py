@@ -27,13 +27,13 @@ class Accuracy(abc.ABC):
 class RelativeAccuracy(Accuracy):
     """Ask for ||Omega - dh/dy|| <= value * ||dh/dy||.
 
-    Near a stationary point of h, where dh/dy vanishes, that cannot be met: see `AbsoluteAccuracy`.
-    Nor can a value below eps^(3/4) of the dtype (1.8e-12 in float64, 6.4e-6 in float32).
+    Near a stationary point of h, where dh/dy is a small difference of large terms, all solves are
+    made as accurately as it needs. Where it vanishes that cannot be: see `AbsoluteAccuracy`. Nor
+    can a value below eps^(3/4) of the dtype (1.8e-12 in float64, 6.4e-6 in float32), or an error
+    below the rounding of the terms.
 
-    Linear solves without a tolerance of their own are made to a residual that follows the value,
-    and to a tenth of it in the certificate, which so sees the error of the adjoint. Where F_1 is
-    so ill-conditioned that this tells too little, give the rule a tolerance, as in
-    `Implicit(CG(rtol=1e-10))`: it holds in all its solves.
+    Tolerances, limits of steps and damping of the rule's linear solver are set aside where the
+    result is corrected and judged.
 
     Args:
       value: a number above 0, without unit.

@@ -1,6 +1,6 @@
 """The certificate: an a-posteriori estimate of the error of a hypergradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from bilevax._scaling import scaled
 from bilevax._status import Status, code, is_failure
 from bilevax.certificates._points import (
     REDUCTION,
+    Point,
     correct_twice,
     distance,
     judge,
@@ -33,20 +34,23 @@ class Certificate(NamedTuple):
     """What is known of the error of a hypergradient Omega(x, y).
 
     Attributes:
-      absolute: the estimate of ||Omega - dh/dy||, in the unit of the hypergradient.
+      absolute: the estimate of ||Omega - dh/dy||, in the unit of the hypergradient. The rounding
+        error of the terms that cancel in Omega, which no estimate sees, is part of it.
       relative: `absolute` / ||dh/dy||.
       error: the estimate of Omega - dh/dy itself, a pytree like y (float0 for integer and key
         leaves): its leaves tell which part of the gradient is wrong, and <error, d> how wrong the
         derivative along d is.
       inner: the norm of the part of `error` that the inexact x causes.
-      adjoint: the norm of the part of `error` that the inexact adjoint v causes.
-      contraction: how far the reference may be from x*, relatively: the larger of ||F|| there over
-        ||F|| at x, and of what the next Newton step would do to g over what the last one did. The
-        estimate can be trusted where it is well below 1, and is wrong by about that factor.
+      adjoint: the norm of the part of `error` that the inexact adjoint v causes. With a requested
+        accuracy, for which x and v are corrected together, both parts are the whole.
+      contraction: what the second correction changed in Omega, over what the first one did; slow
+        entries of y count for more. The estimate can be trusted where it is well below 1, and is
+        wrong by about that factor.
       products: with F_1 or F_1^T, spent on the certificate, int32; -1 where a linear solver does
         not count them.
-      status: CONVERGED; STALLED where `contraction` is above 0.3, and the estimate is a guess only;
-        otherwise the worst status of the linear solves.
+      status: CONVERGED; STALLED where `contraction` is above 0.4, and the estimate is a guess only;
+        otherwise the worst status of the linear solves. Where that is a failure, as on a singular
+        system, nothing is known and all numbers are NaN.
     """
 
     absolute: jax.Array
@@ -71,22 +75,24 @@ def hypergradient_error(
 ) -> Certificate:
     """Estimate the error of a rule's hypergradient at (x, y), without knowing x*.
 
-        Omega(x, y) - dh/dy  ~  Omega(x, y) - Omega_I(x_N, y),   x_N = x - F_1(x, y)^{-1} F(x, y)
+        Omega(x, y) - dh/dy  ~  Omega(x, y) - Omega_I(x_2, y),   x_{k+1} = x_k - F_1^{-1} F(x_k, y)
 
     Omega is the estimator of the rule with all its inaccuracies, Omega_I that of `Implicit()` with
-    an accurate adjoint, and x_N a Newton step from the point where the rule is evaluated. The true
-    error differs from the estimate by the error at x_N, which is O(||x - x*||^2): the ratio of the
-    two tends to 1 for every rule (for a Newton-preconditioned one x_N is the second Newton step).
-    The linearisation d Omega/dx (x - x_N) costs as many linear solves and is less accurate: it errs
-    by the curvature of Omega too, even where the inner problem is quadratic. Where one Newton step
-    leaves more than a twentieth of ||F||, another is taken, three at most.
+    an accurate adjoint, and x_2 comes from the point x_0 = x where the rule is evaluated by two
+    Newton steps. The true error differs from the estimate by the error at x_2, which is
+    O(||x - x*||^4): the ratio of the two tends to 1 for every rule. What Omega_I does from x_1 to
+    x_2 tells whether the steps converge.
 
     The part of the adjoint is what changes when v is replaced by the solution F_1^{-T} g_1 at the
-    same x; the rest is the part of x.
+    same x; the rest is the part of x. All solves reduce the residuals that were achieved before,
+    tenfold at least, however small they are: near a stationary point of h, where the hypergradient
+    is a small difference of large terms, a small residual of v can be a large error.
 
-    Cost, besides the rule itself: three linear solves, matrix-free. One is the Newton step. Two are
-    adjoint solves, at x and at x_N, that start from the adjoint of the rule; the first of them
-    costs one product where the rule's own solve was accurate.
+    Units do not matter: residuals are measured in scaled rows where entries of x or F have sizes
+    that differ widely, see `minimum`.
+
+    Cost, besides the rule itself: five linear solves, matrix-free. Two are Newton steps, three are
+    corrections of the adjoint, at x, x_1 and x_2. Those of the second step are loose.
 
     Args:
       outer: g, a function of (x, y) that returns a real scalar.
@@ -96,7 +102,7 @@ def hypergradient_error(
       y: the outer variable.
       adjoint: v as the rule computed it at x, from its `RuleReport` or from a `WarmStart`, so that
         a solve is not done twice. It is judged as it is; one that is worse than zero is NaN.
-      linear_solver: for the three solves; None is that of the rule. Its tolerances, limit of steps
+      linear_solver: for all solves; None is that of the rule. Its tolerances, limit of steps
         and damping are set aside, in favour of the default tolerance of the dtype. Where there is
         none, or it is a `Neumann` series, it is `CG()` or `GMRES()` as declared of F_1.
 
@@ -178,6 +184,7 @@ def certify(
         return value_and_aux(outer, x, y, has_aux)[0]
 
     linear_solver = unlimited(rule, linear_solver)
+    # The part of the adjoint is known once its residual is a tenth of what was achieved.
     achieved = found.rule.solve.residual
     rtol = jnp.minimum(REDUCTION * jnp.where(achieved < 1, achieved, 1), reduction)
     exact = evaluate(
@@ -199,28 +206,64 @@ def certify(
     floor = rounding_floor(found.terms, reference.terms, like=found.x)
     judged = start._replace(gradient=gradient), first, reference
     following = distance(first.gradient, reference.gradient)
-    contraction, reliable = judge(problem, judged, y, following, floor)
+    return make_certificate(
+        gradient,
+        points,
+        y,
+        floor,
+        inner=distance(start.gradient, reference.gradient),
+        adjoint=distance(gradient, start.gradient),
+        judgement=judge(problem, judged, y, following, floor),
+        products=total(
+            *(point.products for point in points), *(point.solve.products for point in points)
+        ),
+    )
+
+
+def make_certificate(
+    gradient: list[jax.Array],
+    points: Sequence[Point],
+    y: PyTree,
+    floor: jax.Array,
+    *,
+    inner: jax.Array,
+    adjoint: jax.Array,
+    judgement: tuple[jax.Array, jax.Array],
+    products: jax.Array,
+) -> Certificate:
+    """Return the certificate of a gradient, beside that of the last of the points.
+
+    Args:
+      gradient: its floating leaves.
+      points: those whose linear solves the certificate rests on.
+      y: the outer variable.
+      floor: the rounding error of terms that cancel.
+      inner: see `Certificate`, as are `adjoint` and `products`.
+      adjoint: see `inner`.
+      judgement: what `judge` returned.
+      products: see `inner`.
+    """
+    contraction, reliable = judgement
+    reference = points[-1].gradient
     status = jnp.max(jnp.stack([point.status for point in points]))
     status = jnp.maximum(status, jnp.where(reliable, code(Status.CONVERGED), code(Status.STALLED)))
-    absolute = distance(gradient, reference.gradient) + floor
+    absolute = distance(gradient, reference) + floor
     finite = jnp.isfinite(absolute) & ~jnp.isnan(contraction)
     status = jnp.where(finite, status, jnp.maximum(status, code(Status.NONFINITE)))
     # A singular system tells nothing.
     known = ~is_failure(status)
-    error = trees.difference(found.gradient, trees.with_floating(reference.gradient, y))
 
     def number(value: jax.Array) -> jax.Array:
         return jnp.where(known, value, jnp.nan)
 
+    error = [number(u - w) for u, w in zip(gradient, reference, strict=True)]
     return Certificate(
         absolute=number(absolute),
-        relative=number(absolute / trees.scaled_norm(reference.gradient)),
-        error=trees.with_floating([number(leaf) for leaf in trees.floating(error)], y),
-        inner=number(distance(start.gradient, reference.gradient)),
-        adjoint=number(distance(gradient, start.gradient)),
+        relative=number(absolute / trees.scaled_norm(reference)),
+        error=trees.with_floating(error, y),
+        inner=number(inner),
+        adjoint=number(adjoint),
         contraction=number(contraction),
-        products=total(
-            *(point.products for point in points), *(point.solve.products for point in points)
-        ),
+        products=products,
         status=status,
     )

@@ -20,7 +20,7 @@ PyTree = Any
 # wrong the point before it is.
 REDUCTION = 0.1
 # Above this contraction, Newton's method is not where it converges fast.
-LARGEST_CONTRACTION = 0.3
+LARGEST_CONTRACTION = 0.4
 # The rounding error of a sum, over eps times the size of its terms.
 _ROUNDING = 8
 
@@ -182,9 +182,17 @@ def judge(
       change: what the second one did to the hypergradient.
       floor: how much of that may be rounding.
     """
-    start, first, _ = points
-    before = distance(start.gradient, first.gradient)
-    contraction = jnp.where(change <= floor, 0, change / before)
+    start, first, second = points
+    before, after = (
+        jnp.concatenate([jnp.ravel(u - w) for u, w in zip(a.gradient, b.gradient, strict=True)])
+        for a, b in ((start, first), (first, second))
+    )
+    # Entries that are nearly exact must not hide one that converges slowly: what each would still
+    # change by, at its own rate. An entry that did not change before has no rate.
+    rates = jnp.minimum(jnp.abs(after) / jnp.abs(before), 1)
+    coming = trees.scaled_norm(jnp.where(after == 0, 0, rates * after))
+    contraction = jnp.maximum(coming / change, change / trees.scaled_norm(before))
+    contraction = jnp.where(change <= floor, 0, contraction)
     # What rounding leaves of F at a solution near x: no step can improve on that.
     noise = 10 * trees.epsilon(start.x) * problem.terms_norm(start.x, y)
     is_noise = problem.norm(first.optimality) <= noise

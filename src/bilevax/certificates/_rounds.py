@@ -16,7 +16,7 @@ from bilevax._problems import Problem
 from bilevax._results import LinearReport, SolveReport
 from bilevax._status import Status, code, is_failure, is_unsolved
 from bilevax.certificates._accuracy import Accuracy
-from bilevax.certificates._certificate import Certificate
+from bilevax.certificates._certificate import Certificate, make_certificate
 from bilevax.certificates._points import (
     LARGEST_CONTRACTION,
     REDUCTION,
@@ -167,7 +167,7 @@ def solve_accurately(
         runs = can_run & ~converging
         can_tighten = plan.reduction > tightest
         going = (converging | runs | can_tighten) & ~small & ~failed
-        finite = jnp.isfinite(now.certificate.absolute)
+        finite = now.certificate.status != Status.NONFINITE
         ended = jnp.where(iterations >= solver.maxiter, code(Status.MAXITER), code(Status.STALLED))
         ended = jnp.where(finite | failed, ended, code(Status.NONFINITE))
         ended = jnp.where(failed, status, ended)
@@ -236,28 +236,25 @@ def _judge(
     start, first, second = points
     change = distance(first.gradient, second.gradient)
     floor = rounding_floor(first.terms, second.terms, like=first.x)
-    contraction, reliable = judge(problem, points, y, change, floor)
-    status = jnp.maximum(first.status, second.status)
-    converges = (contraction <= LARGEST_CONTRACTION) & (status == Status.CONVERGED)
+    judgement = contraction, reliable = judge(problem, points, y, change, floor)
+    solved = jnp.maximum(first.status, second.status) == Status.CONVERGED
+    converges = (contraction <= LARGEST_CONTRACTION) & solved
     is_near = distance(start.gradient, first.gradient) <= _LARGEST_CHANGE * second.terms
     # The size of dh/dy may be zero, at a stationary point.
     size = trees.scaled_norm(second.gradient)
     allowed = accuracy.allowed(size)
-    error = change * jnp.where(converges, 1 + contraction, _NOISE) + floor
-    small = (error <= allowed) & reliable & (status == Status.CONVERGED)
-    # Linear solves in this precision cannot vouch for less.
-    small = small & ~(allowed < default_rtol(first.x) * size)
-    status = jnp.maximum(status, jnp.where(reliable, code(Status.CONVERGED), code(Status.STALLED)))
-    differences = [u - w for u, w in zip(first.gradient, second.gradient, strict=True)]
-    certificate = Certificate(
-        absolute=change + floor,
-        relative=(change + floor) / size,
-        error=trees.with_floating(differences, y),
+    error = change * jnp.where(converges, 1 / (1 - contraction), _NOISE) + floor
+    # Linear solves in this precision cannot vouch for less than the smallest tolerance.
+    small = (error <= allowed) & reliable & solved & ~(allowed < default_rtol(first.x) * size)
+    certificate = make_certificate(
+        first.gradient,
+        (first, second),
+        y,
+        floor,
         inner=change,
         adjoint=change,
-        contraction=contraction,
+        judgement=judgement,
         products=total(first.products, second.products, second.solve.products),
-        status=status,
     )
     products = total(found.rule.solve.products, first.solve.products)
     iterations = total(found.rule.solve.iterations, first.solve.iterations)
