@@ -41,7 +41,15 @@ def scaled(problem: Problem, x: PyTree, y: PyTree) -> Problem:
       Limited-Memory Quasi-Newton Methods", 2010; D. Ruiz, "A Scaling Algorithm to Equilibrate Both
       Rows and Columns Norms in Matrices", 2001.
     """
-    if problem.scaling is not None or trees.dimension(x) < 2:
+    return problem if problem.scaling is not None else rescaled(problem, x, y)
+
+
+def rescaled(problem: Problem, x: PyTree, y: PyTree) -> Problem:
+    """Return a problem with the scaling of F_1 at (x, y), found from the one that it has.
+
+    Three products, where that is still good: a scaling of one x need not be one of another.
+    """
+    if trees.dimension(x) < 2:
         return problem
     problem, x, y = jax.lax.stop_gradient((problem, x, y))
     found = per_task(problem, lambda problem, x: _find(problem, x, y), x)
@@ -89,7 +97,11 @@ def _find(problem: Problem, x: PyTree, y: PyTree) -> Scaling:
     def proceed(state: _State) -> jax.Array:
         return (state.spread > _EQUAL) & (state.rounds < _MAX_ROUNDS)
 
-    start = _State(ones, ones, jnp.full((), jnp.inf, ones.dtype), jnp.zeros((), jnp.int32))
+    rows = columns = ones
+    if problem.scaling is not None:
+        known = problem.scaling.rows, problem.scaling.columns
+        rows, columns = (ravel_pytree(diagonal)[0].astype(ones.dtype) for diagonal in known)
+    start = _State(rows, columns, jnp.full((), jnp.inf, ones.dtype), jnp.zeros((), jnp.int32))
     end = jax.lax.while_loop(proceed, improve, start)
     rows, columns = unravel(_power_of_two(end.rows)), unravel(_power_of_two(end.columns))
     unit = trees.scaled_norm(optimality) / trees.scaled_norm(optax.tree.mul(rows, optimality))

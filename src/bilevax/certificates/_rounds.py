@@ -14,6 +14,7 @@ from bilevax._estimator import Estimate, estimate
 from bilevax._failure import OnFailure, guard
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, SolveReport
+from bilevax._scaling import rescaled
 from bilevax._status import Status, code, is_failure, is_unsolved
 from bilevax.certificates._accuracy import Accuracy
 from bilevax.certificates._certificate import Certificate, make_certificate
@@ -121,7 +122,7 @@ def solve_accurately(
       is CONVERGED if the accuracy was reached.
     """
     checks.single_numbers(accuracy)
-    posed = solver.posed(problem, x, y)
+    given, posed = problem, solver.posed(problem, x, y)
     linear_solver = unlimited(rule, None)
     first = solver.init(posed, x, y)
     initial_norm = first.residual
@@ -130,6 +131,7 @@ def solve_accurately(
     tightest = default_rtol(x)
 
     def inspect(x: PyTree, adjoint: PyTree, plan: _Plan) -> _Verdict:
+        problem = rescaled(given, x, y)
         settings = Settings(jnp.maximum(plan.rtol, tightest) ** (1 / rule.order))
         found = estimate(outer, problem, rule, x, y, settings, guess=adjoint, has_aux=has_aux)
         start = found.rule.adjoint if rule.adjoint_is_of_x else adjoint

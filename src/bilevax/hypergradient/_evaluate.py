@@ -15,7 +15,7 @@ from bilevax._estimator import estimate, value_and_aux
 from bilevax._failure import OnFailure, guard
 from bilevax._problems import Problem
 from bilevax._results import SolveReport
-from bilevax._scaling import scaled
+from bilevax._scaling import rescaled, scaled
 from bilevax._separable import per_task, representative
 from bilevax._status import is_failure
 from bilevax.certificates import (
@@ -52,6 +52,7 @@ def evaluate(
     scale = cold_residual(solver, problem, warm, y)
     if accuracy is None:
         x, inner = loop.run(solver, problem, warm.x, y, scale)
+        problem = rescaled(problem, x, y)
         settings = Settings.following(solver.rtol, x, on_failure, adjoint_rtol)
         found = estimate(outer, problem, rule, x, y, settings, guess=warm.adjoint, has_aux=has_aux)
         inner = inner._replace(correction=found.correction)
