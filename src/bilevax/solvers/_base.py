@@ -44,6 +44,12 @@ class Solver(abc.ABC):
     atol: Any
     maxiter: Any
 
+    is_smooth: Any = True
+    """Whether steps have derivatives at a solution, where what they remember is rounding.
+
+    `Unrolled` ends the runs of other solvers once F is of the size of its rounding error.
+    """
+
     def evaluate(self, problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, jax.Array]:
         """Return what steps from x need of the problem, F(x, y) by default, and ||F(x, y)||."""
         optimality = problem.optimality(x, y)
