@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevax import _trees as trees
 from bilevax._status import Status
 
 PyTree = Any
@@ -99,3 +100,14 @@ def guard(policy: OnFailure, what: str, failed: jax.Array, status: jax.Array, va
         return jnp.where(failed, jnp.nan, 1).astype(leaf.dtype) * leaf
 
     return jax.tree.map(poison, value)
+
+
+@jax.custom_jvp
+def with_slope(factor: jax.Array, value: PyTree, x: PyTree) -> PyTree:
+    """Return a value with the derivative of x times a factor: zero, or NaN where none is known."""
+    return value
+
+
+@with_slope.defjvp
+def _with_slope_jvp(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
+    return primals[1], trees.scale(primals[0], tangents[2])

@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from bilevax import _checks as checks
 from bilevax import _loop as loop
 from bilevax import _trees as trees
+from bilevax._failure import with_slope
 from bilevax._problems import Problem
 from bilevax._results import SolveReport
 from bilevax._separable import Separable, all_of, choose, per_task, spread, without
@@ -236,20 +237,9 @@ def run_dropping(
     dropped = is_failure(report.status)
     kept, (start, scale) = without(problem, dropped, x0, scale)
     x, _ = run(kept, start, y, scale)
-    x = choose(problem, dropped, _constant(all_of(dropped), x0, x), x)
+    factor = jnp.where(all_of(dropped), jnp.nan, 0.0)
+    x = choose(problem, dropped, with_slope(factor, x0, x), x)
     return x, report._replace(dropped=dropped)
-
-
-@jax.custom_jvp
-def _constant(unknown: jax.Array, value: PyTree, x: PyTree) -> PyTree:
-    """Return a value with zero as its derivative, or with NaN where that is not known."""
-    return value
-
-
-@_constant.defjvp
-def _constant_jvp(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
-    factor = jnp.where(primals[0], jnp.nan, 0)
-    return primals[1], trees.scale(factor, tangents[2])
 
 
 def _where_known(
@@ -263,18 +253,7 @@ def _where_known(
         return x, report
     idle = (report.iterations == 0) & (report.status == Status.CONVERGED)
     factor = jnp.where(solver.is_smooth | ~idle, 1.0, jnp.nan)
-    return per_task(problem, lambda _, *run: _with_slope(*run), factor, x), report
-
-
-@jax.custom_jvp
-def _with_slope(factor: jax.Array, x: PyTree) -> PyTree:
-    """Return x; its derivative is multiplied by a factor."""
-    return x
-
-
-@_with_slope.defjvp
-def _with_slope_jvp(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
-    return primals[1], trees.scale(primals[0], tangents[1])
+    return per_task(problem, lambda _, factor, x: with_slope(factor, x, x), factor, x), report
 
 
 def _one_step(
