@@ -84,7 +84,7 @@ def tanh_root(data: Any, x: Any, y: Any) -> Any:
 
 def hidden_block(data: Any, x: Any, y: Any) -> Any:
     """A stiff quadratic, and a soft block of high order that alone depends on y."""
-    rows, targets = data
+    _, targets = data
     delta, power = 10.0 ** -(1 + jnp.abs(targets[0])), jnp.where(targets[1] > 0, 4.0, 6.0)
     half = DIMENSION // 2
     u = x[half:] - jnp.sinh(y[half:])
@@ -177,9 +177,7 @@ def stationary(rng: np.random.Generator, family: str, count: int) -> Lanes:
     return Lanes(data, outer_data, common(count), y, None, gap * gradient, accuracy)
 
 
-def random_units(
-    rng: np.random.Generator, family: str, count: int, decades: int = 6
-) -> Lanes:
+def random_units(rng: np.random.Generator, family: str, count: int, decades: int = 6) -> Lanes:
     data, outer_data, y = draw(rng, count)
     _, gradient = solve_exactly(family, data, outer_data, y)
     entries = (count, DIMENSION)

@@ -97,12 +97,19 @@ def report(first: Progress, end: Progress) -> tuple[PyTree, SolveReport]:
 def smallest_target(
     solver: Solver, problem: Problem, x0: PyTree, y: PyTree, like: jax.Array
 ) -> jax.Array:
-    """Return `atol`, or in its place ten times the rounding error of F at a solution near x0."""
+    """Return `atol`, or in its place ten times the rounding error of F at a solution near x0.
+
+    Where steps at a solution have no derivative, it is that at least.
+    """
     checks.single_numbers(solver)
-    if solver.atol is not None:
+    if solver.atol is not None and solver.is_smooth is True:
         return jnp.asarray(solver.atol, like.dtype)
     size = problem.terms_norm(x0, y)
-    return 10 * trees.epsilon(x0) * jnp.where(jnp.isfinite(size), size, 0)
+    rounding = 10 * trees.epsilon(x0) * jnp.where(jnp.isfinite(size), size, 0)
+    if solver.atol is None:
+        return rounding
+    atol = jnp.asarray(solver.atol, like.dtype)
+    return jnp.where(solver.is_smooth, atol, jnp.maximum(atol, rounding))
 
 
 def advance(

@@ -14,7 +14,7 @@ from bilevax._estimator import value_and_aux
 from bilevax._failure import OnFailure
 from bilevax._iterative import IterativeRule
 from bilevax._problems import Problem
-from bilevax._separable import Separable, not_separable, representative
+from bilevax._separable import Separable, check_policy, not_separable, representative
 from bilevax.certificates import Accuracy
 from bilevax.hypergradient._evaluate import evaluate, evaluate_run
 from bilevax.hypergradient._results import Hypergradient, WarmStart
@@ -141,8 +141,8 @@ def value_and_hypergradient(
 
     Raises:
       TypeError: for a wrong kind of argument; for an accuracy or a certificate where there are no
-        certificates; and, at the first call, if `outer` does not return a scalar or the problem
-        does not fit x.
+        certificates; for `OnFailure.DROP` where there are no tasks; and, at the first call, if
+        `outer` does not return a scalar or the problem does not fit x.
 
     Example:
       >>> import bilevax as bx
@@ -164,6 +164,7 @@ def value_and_hypergradient(
     if certified:
         require_certificates("certified", problem, rule)
     checks.is_component("on_failure", on_failure, OnFailure, "OnFailure.RETURN")
+    check_policy(problem, on_failure)
     if isinstance(rule, IterativeRule):
         rule.bind(solver)  # which raises if they do not fit
     return Engine(

@@ -13,10 +13,11 @@ from bilevax import _loop as loop
 from bilevax import _trees as trees
 from bilevax._estimator import estimate, value_and_aux
 from bilevax._failure import OnFailure, guard
+from bilevax._iterative import run_dropping
 from bilevax._problems import Problem
 from bilevax._results import SolveReport
 from bilevax._scaling import rescaled, scaled
-from bilevax._separable import per_task, representative
+from bilevax._separable import choose, per_task, representative
 from bilevax._status import is_failure
 from bilevax.certificates import (
     Accuracy,
@@ -52,9 +53,24 @@ def evaluate(
     scale = cold_residual(solver, problem, warm, y)
     if accuracy is None:
         x, inner = loop.run(solver, problem, warm.x, y, scale)
+        dropped = None
+        if on_failure is OnFailure.DROP:
+            dropped = is_failure(inner.status)
+            x = choose(problem, dropped, warm.x, x)
         problem = rescaled(problem, x, y)
-        settings = Settings.following(solver.rtol, x, on_failure, adjoint_rtol)
-        found = estimate(outer, problem, rule, x, y, settings, guess=warm.adjoint, has_aux=has_aux)
+        linear = OnFailure.RETURN if dropped is not None else on_failure
+        settings = Settings.following(solver.rtol, x, linear, adjoint_rtol)
+        found = estimate(
+            outer,
+            problem,
+            rule,
+            x,
+            y,
+            settings,
+            guess=warm.adjoint,
+            has_aux=has_aux,
+            dropped=dropped,
+        )
         inner = inner._replace(correction=found.correction)
         certificate = None
         if certified is not None:
@@ -77,7 +93,9 @@ def evaluate(
             on_failure,
             has_aux=has_aux,
         )
-    report = HypergradientReport(inner, found.rule.solve, found.rule.identity_entries, certificate)
+    report = HypergradientReport(
+        inner, found.rule.solve, found.rule.identity_entries, certificate, found.dropped
+    )
     statuses = {"inner solve": inner.status}
     if found.correction is not None:
         statuses["correction of x"] = found.correction.status
@@ -104,6 +122,8 @@ def evaluate_run(
     """Differentiate the run of the solver."""
     problem.check(warm.x, y)
     scale = per_task(problem, lambda each, x: each.norm(each.optimality(x, y)), warm.start)
+    if on_failure is OnFailure.DROP:
+        run = Partial(run_dropping, run)
 
     def value_at(y: PyTree) -> tuple[jax.Array, tuple[PyTree, SolveReport, Any]]:
         x, inner = run(problem, warm.x, y, scale)
@@ -114,7 +134,7 @@ def evaluate_run(
     (value, (x, inner, aux)), gradient = differentiated(value_at, y)
     result, statuses = (value, gradient, x), {"inner solve": inner.status}
     (value, gradient, x), warm_x = _guarded(problem, statuses, result, warm, on_failure)
-    report = HypergradientReport(inner, None, None)
+    report = HypergradientReport(inner, None, None, dropped=inner.dropped)
     return Hypergradient(value, gradient, x, warm._replace(x=warm_x), report, aux)
 
 
@@ -180,5 +200,6 @@ def _guarded(
         )
         # One task that failed spoils what is summed over all.
         worst = jnp.max(status)
-        result = guard(on_failure, what, is_failure(worst), worst, result)
+        if on_failure is not OnFailure.DROP:
+            result = guard(on_failure, what, is_failure(worst), worst, result)
     return result, warm_x

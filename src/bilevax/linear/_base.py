@@ -129,6 +129,15 @@ def attainable(operator: LinearOperator) -> float:
     return operator.rounding**0.5
 
 
+def no_better(operator: LinearOperator) -> float:
+    """Return the relative residual from which on a vector is no better than zero: 1 - sqrt(eps).
+
+    That of zero is 1, and nearer to it rounding alone decides. What is no better is no iterate: a
+    guess like that is dropped, and a solver that ends there has computed nothing.
+    """
+    return 1 - attainable(operator)
+
+
 def default_maxiter(tree: PyTree) -> int:
     """Return ten times the dimension, at most 10 000."""
     return min(10 * trees.dimension(tree), 10_000)

@@ -172,6 +172,8 @@ def entry(
     if certificate is not None:
         products.append(certificate.products)
     statuses = [inner.status, *(solve.status for solve in solves)]
+    if report.dropped is not None:  # the gradient is right without them
+        statuses = [jnp.where(report.dropped, 0, status) for status in statuses]
     return BilevelHistory(
         value=result.value,
         gradient_norm=gradient_norm.astype(dtype),

@@ -51,6 +51,12 @@ class Solver(abc.ABC):
         """Return the problem as this solver takes it: with a scaling found at (x, y), or none."""
         return scaled(problem, x, y) if self.takes_scaling else without_scaling(problem)
 
+    is_smooth: Any = True
+    """Whether steps have derivatives at a solution, where what they remember is rounding.
+
+    `Unrolled` ends the runs of other solvers once F is of the size of its rounding error.
+    """
+
     def evaluate(self, problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, jax.Array]:
         """Return what steps from x need of the problem, F(x, y) by default, and ||F(x, y)||."""
         optimality = problem.optimality(x, y)

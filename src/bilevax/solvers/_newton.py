@@ -1,7 +1,7 @@
 """Newton's method, matrix-free."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ class Newton(base.Solver):
     _: dataclasses.KW_ONLY
     line_search: Backtracking = Backtracking()
 
-    takes_scaling: ClassVar[bool] = True
+    takes_scaling = True
 
     def __post_init__(self) -> None:
         base.check_stopping(self)
