@@ -16,6 +16,7 @@ import optax.tree
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._closures import as_partial, hoist
 from bilevax._operator import LinearOperator, Structure
@@ -48,6 +49,14 @@ class Problem(abc.ABC):
     @abc.abstractmethod
     def check(self, x: PyTree, y: PyTree) -> None:
         """Raise a `TypeError` if the function does not fit x; costs nothing at run time."""
+
+    def varying(self, x: PyTree, y: PyTree) -> PyTree:
+        """Return x as it varies over the devices of a mesh: wherever the function of it does.
+
+        Without that, the gradient of an objective that each device has its own of would be summed
+        over all devices, for an x that they share.
+        """
+        return mesh.vary_with(x, lambda x: self.function(x, y))
 
     def hoisted(self, x: PyTree, y: PyTree, *task: PyTree) -> "Problem":
         """Return an equal problem, with all traced values that it closes over as leaves.

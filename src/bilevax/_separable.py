@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._problems import Problem
 
@@ -44,6 +45,12 @@ class Separable(Problem):
 
     def near_inverse(self, x: PyTree, y: PyTree, v: PyTree) -> PyTree:
         return per_task(self, lambda problem, x, v: problem.near_inverse(x, y, v), x, v)
+
+    def varying(self, x: PyTree, y: PyTree) -> PyTree:
+        def values(x: PyTree) -> PyTree:
+            return per_task(self, lambda problem, x: problem.function(x, y), x)
+
+        return mesh.vary_with(x, values)
 
     def hoisted(self, x: PyTree, y: PyTree, *task: PyTree) -> Problem:
         self._check_axis(x)

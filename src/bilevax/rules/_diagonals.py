@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._closures import as_partial
 from bilevax._problems import Problem
@@ -94,7 +95,7 @@ class HutchinsonDiagonal(Diagonal):
         keys = jax.random.split(jax.random.key(self.seed), self.probes)
 
         def probe(key: jax.Array) -> jax.Array:
-            signs = jax.random.rademacher(key, flat.shape, flat.dtype)
+            signs = mesh.vary_like(jax.random.rademacher(key, flat.shape, flat.dtype), flat)
             return signs * ravel_pytree(jacobian.matvec(unravel(signs)))[0]
 
         return unravel(jnp.mean(jax.lax.map(probe, keys), axis=0))
