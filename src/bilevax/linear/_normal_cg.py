@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._operator import LinearOperator
 from bilevax._results import LinearReport
@@ -134,7 +135,7 @@ class NormalCG(base.LinearSolver):
             largest = jnp.maximum(state.largest, curvature / state.size)
             return _State(x, r, s, p, sz, size, largest, state.iterations + 1)
 
-        end = jax.lax.while_loop(proceed, step, start_from(trees.scale(unit, first), residual))
+        end = mesh.while_loop(proceed, step, start_from(trees.scale(unit, first), residual))
 
         relative, status = base.measure(operator, end.x, rhs, self.rtol, self.atol)
         exhausted = out_of_steps(self.rtol, self.atol)
