@@ -11,6 +11,7 @@ import numpy as np
 
 from bilevax import _checks as checks
 from bilevax import _loop as loop
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._estimator import Estimate, estimate
 from bilevax._failure import OnFailure
@@ -272,7 +273,7 @@ def solve_accurately(
     shapes = jax.eval_shape(inspect, first.x, plan, start)
     found, certificate, _ = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     begin = _Round(first, none, jnp.asarray(_RUNNING), found, certificate, start, plan)
-    end = jax.lax.while_loop(lambda state: state.status == _RUNNING, step, begin)
+    end = mesh.while_loop(lambda state: state.status == _RUNNING, step, begin)
     norm, correction = end.iterate.residual, end.found.correction
     inner = SolveReport(end.status, end.iterations, norm, initial_norm, correction)
     return end.found, inner, end.certificate

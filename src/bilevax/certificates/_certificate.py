@@ -9,6 +9,7 @@ import optax.tree
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._estimator import Estimate, checked_point, estimate, evaluate, value_and_aux
 from bilevax._problems import Problem
@@ -296,7 +297,7 @@ def _refine(
         none,
         code(Status.CONVERGED),
     )
-    return jax.lax.while_loop(is_far, step, start)
+    return mesh.while_loop(is_far, step, start)
 
 
 def _judge(

@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._estimator import checked_point, estimate
 from bilevax._failure import OnFailure
@@ -160,8 +161,8 @@ def _efficiency_constant(
         return _State(following, EfficiencyConstant(jnp.sqrt(square), iterations, residual, status))
 
     # Any start serves that no symmetry of the problem makes orthogonal to what is looked for.
-    start = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)
+    start = mesh.vary_like(jax.random.normal(jax.random.key(0), flat.shape, flat.dtype), flat)
     nan = jnp.full_like(size, jnp.nan)
     constant = EfficiencyConstant(nan, nothing, nan, jnp.asarray(-1, jnp.int32))
     state = _State(start / trees.norm(start), constant)
-    return jax.lax.while_loop(lambda state: state.constant.status < 0, step, state).constant
+    return mesh.while_loop(lambda state: state.constant.status < 0, step, state).constant

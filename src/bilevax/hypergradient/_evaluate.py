@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from bilevax import _loop as loop
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._estimator import estimate, value_and_aux
 from bilevax._failure import OnFailure, guard
@@ -48,6 +49,7 @@ def evaluate(
 ) -> Hypergradient:
     """Solve, and evaluate the estimator of a rule there."""
     problem.check(warm.x, y)
+    warm = WarmStart(*(problem.varying(each, y) for each in warm))
     rule.check(*representative(problem, warm.x), y)
     scale = _scale(problem, warm, y)
     if accuracy is None:
@@ -104,6 +106,7 @@ def evaluate_run(
 ) -> Hypergradient:
     """Differentiate the run of the solver."""
     problem.check(warm.x, y)
+    warm = WarmStart(*(problem.varying(each, y) for each in warm))
     scale = _scale(problem, warm, y)
 
     def value_at(y: PyTree) -> tuple[jax.Array, tuple[PyTree, SolveReport, Any]]:
@@ -149,7 +152,7 @@ def _certificate_if(certified: Any, certify: Callable[[], Certificate], y: PyTre
     def without() -> Certificate:
         return jax.tree.map(_nothing, jax.eval_shape(with_one))
 
-    certificate = jax.lax.cond(certified, with_one, without)
+    certificate = mesh.cond(certified, with_one, without)
     return certificate._replace(error=trees.with_floating(certificate.error, y))
 
 
