@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._status import is_unsolved
 from bilevax.outer._checkpointing import Checkpointer, OpenCheckpoints
@@ -248,7 +249,7 @@ def _advance(
         state, taken = carry
         return (jax.vmap(one) if batched else one)(state), taken + 1
 
-    return jax.lax.while_loop(proceed, body, (state, jnp.zeros((), jnp.int32)))[0]
+    return mesh.while_loop(proceed, body, (state, jnp.zeros((), jnp.int32)))[0]
 
 
 @functools.partial(jax.jit, static_argnames="batched")

@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _loop as loop
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._closures import as_partial
 from bilevax._iterative import Bound, IterativeRule
@@ -79,7 +80,7 @@ class OuterStep:
         if self.projection is not None:
             image = jax.eval_shape(self.projection, y)
             checks.same_structure("projection", image, y, expected="y")
-        return _init(self, y, warm, key, history=history)
+        return mesh.settled(self, _init(self, y, warm, key, history=history))
 
     def engine_for(self, key: jax.Array) -> Engine:
         """Return the engine, made from the key if it is made from one."""
@@ -200,7 +201,7 @@ def _init(
 def _step(step: OuterStep, state: BilevelState) -> BilevelState:
     running = state.outcome == Outcome.RUNNING
     # Under `vmap` all lanes step until the last one has stopped.
-    following = jax.lax.cond(
+    following = mesh.cond(
         trees.in_any_lane(running), lambda state: _advance(step, state), lambda state: state, state
     )
     return jax.tree.map(lambda new, old: jnp.where(running, new, old), following, state)
