@@ -11,6 +11,7 @@ import optax
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._closures import as_partial
 from bilevax._status import is_failure
@@ -170,7 +171,7 @@ def _run(
         return (*following, result.state), history
 
     start = (y, trees.as_arrays(init(y)), state)
-    (y, _, state), history = jax.lax.scan(step, start, jnp.arange(1, steps + 1))
+    (y, _, state), history = mesh.scan(step, start, jnp.arange(1, steps + 1))
     return DescentResult(y, state, history)
 
 

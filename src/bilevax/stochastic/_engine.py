@@ -212,6 +212,11 @@ def _evaluate(
     check_numbers(engine)
     inner = parts.Inner(engine.problem, engine.sampler, y)
     inner.check(state.x, state.sampler)
+    varying = {
+        name: inner.varying(getattr(state, name), state.sampler)
+        for name in ("x", "adjoint", "start")
+    }
+    state = state._replace(**varying)
     parts.check_outer(engine.outer, engine.outer_sampler, state.x, y, state.outer_sampler)
     x, inner_residual, sampling = inner.descend(
         state.x, engine.inner_step_size, engine.inner_steps, state.sampler
