@@ -1,16 +1,21 @@
-"""Control flow that keeps its types where values vary over the devices of a mesh.
+"""What JAX wants to be told where arrays are spread over the devices of a mesh.
 
 Inside `jax.shard_map`, the type of an array says over which axes of the mesh its values vary, and
 loops insist that types stay. A constant at the start of a loop varies over none, and what a step
-makes of it does. The functions below let both ends of a loop, and both branches, vary over what
-either does. What varies over no axis stays so, for derivatives in it are sums over devices.
-Elsewhere they are the functions of `jax.lax`.
+makes of it does. The loops and branches below let both ends vary over what either does. What
+varies over no axis stays so, for derivatives in it are sums over devices.
+
+On a mesh with explicit axes, the type says how an array is cut, and where an operation could go
+several ways, one must be chosen: the functions at the end of this module choose.
+
+Elsewhere they are the functions of `jax.lax` and `jax.vmap`.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 PyTree = Any
 _Axes = list[frozenset[str]]  # of each leaf of a pytree
@@ -91,6 +96,49 @@ def _is_inside() -> bool:
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def is_cut(array: Any) -> bool:
+    """Tell whether an array is spread over the devices of a mesh with explicit axes."""
+    return any(axis is not None for axis in _cuts(array))
+
+
+def whole(tree: PyTree) -> PyTree:
+    """Return a tree of which every device has all entries."""
+    return jax.tree.map(lambda leaf: _cut(leaf, [None] * jnp.ndim(leaf)), tree)
+
+
+def cut_like(tree: PyTree, other: PyTree) -> PyTree:
+    """Return a tree that is spread as another one of its shapes is."""
+    return jax.tree.map(lambda leaf, like: _cut(leaf, _cuts(like)), tree, other)
+
+
+def take(array: jax.Array, index: Any) -> jax.Array:
+    """Return entries along the leading axis, which every device gets; indices are in bounds."""
+    where = {}
+    if is_cut(array):
+        cuts = [None] * jnp.ndim(index) + _cuts(array)[1:]
+        where = {"out_sharding": jax.sharding.PartitionSpec(*cuts)}
+    return array.at[index].get(mode="promise_in_bounds", **where)
+
+
+def vmap(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of batches; its results are cut along their leading axis if a batch is.
+
+    Loops cannot be batched along an explicit axis in JAX 0.10 and 0.11, so every device does all of
+    it. With the axis in `AxisType.Auto`, or inside `jax.shard_map`, each does its share.
+    """
+
+    def batched(*arguments: Any) -> Any:
+        leaves = jax.tree.leaves(arguments)
+        cuts = [_cuts(leaf)[0] for leaf in leaves if is_cut(leaf)]
+        cut = next((axis for axis in cuts if axis is not None), None)
+        if cut is None:
+            return jax.vmap(function)(*arguments)
+        results = jax.vmap(function)(*whole(arguments))
+        return jax.tree.map(lambda leaf: _cut(leaf, [cut, *_cuts(leaf)[1:]]), results)
+
+    return batched
+
+
 class _Unsettled(Exception):
     """A step makes something vary over more axes than its carry did."""
 
@@ -124,6 +172,18 @@ def _joined(a: _Axes, b: _Axes) -> _Axes:
 def _axes(tree: PyTree) -> _Axes:
     """Return over which axes of the mesh the leaves of a tree vary."""
     return [jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(tree)]  # type: ignore[attr-defined]
+
+
+def _cuts(array: Any) -> list[Any]:
+    """Return the explicit axes of the mesh along which each axis of an array is cut."""
+    spec = jax.typeof(array).sharding.spec
+    return [*spec, *[None] * (jnp.ndim(array) - len(spec))]
+
+
+def _cut(array: Any, cuts: list[Any]) -> Any:
+    if _cuts(array) == cuts:
+        return array
+    return jax.reshard(array, jax.sharding.PartitionSpec(*cuts))
 
 
 def _axes_of(function: Callable[..., Any], *arguments: Any) -> _Axes:

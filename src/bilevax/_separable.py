@@ -149,7 +149,7 @@ def per_task(problem: Problem, function: Callable[..., PyTree], *stacked: PyTree
     def one(data: PyTree, *arguments: PyTree) -> PyTree:
         return function(problem.task(data), *arguments)
 
-    return jax.vmap(one)(problem.tasks, *stacked)
+    return mesh.vmap(one)(problem.tasks, *stacked)
 
 
 def representative(problem: Problem, x: PyTree) -> tuple[Problem, PyTree]:
@@ -185,4 +185,4 @@ def _count(tasks: PyTree) -> int:
 
 
 def _first(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[0], tree)
+    return jax.tree.map(lambda leaf: mesh.take(leaf, jnp.zeros(1, int))[0], tree)

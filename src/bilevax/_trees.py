@@ -5,12 +5,15 @@ Vectors of this package are pytrees of real floating arrays. Whatever `optax.tre
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax.tree
+from jax.flatten_util import ravel_pytree
+
+from bilevax import _mesh as mesh
 
 PyTree = Any
 _Class = TypeVar("_Class", bound=type)
@@ -66,6 +69,12 @@ def as_arrays(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), tree)
 
 
+def ravel(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
+    """Return a tree as a flat vector, and the way back."""
+    flat, unravel = ravel_pytree(mesh.whole(tree))
+    return flat, lambda flat: mesh.cut_like(unravel(flat), tree)
+
+
 def add_scaled(a: PyTree, scalar: Any, b: PyTree) -> PyTree:
     """Return a + scalar * b in the dtypes of a."""
     return jax.tree.map(lambda u, w: u + jnp.asarray(scalar, u.dtype) * w, a, b)
@@ -83,6 +92,9 @@ def negative(a: PyTree) -> PyTree:
 
 def inner(a: PyTree, b: PyTree) -> jax.Array:
     """Return the Euclidean inner product as an array of the common dtype."""
+    if any(map(mesh.is_cut, jax.tree.leaves((a, b)))):
+        products = [jnp.sum(u * w) for u, w in zip(*map(jax.tree.leaves, (a, b)), strict=True)]
+        return jnp.asarray(sum(products), dtype(a))
     return jnp.asarray(optax.tree.vdot(a, b), dtype(a))
 
 

@@ -271,7 +271,7 @@ def solve_accurately(
     # The start is no reference: NaN is nearer to nothing.
     start = start._replace(x=jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), start.x))
     shapes = jax.eval_shape(inspect, first.x, plan, start)
-    found, certificate, _ = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    found, certificate, _ = jax.tree.map(jnp.zeros_like, shapes)
     begin = _Round(first, none, jnp.asarray(_RUNNING), found, certificate, start, plan)
     end = mesh.while_loop(lambda state: state.status == _RUNNING, step, begin)
     norm, correction = end.iterate.residual, end.found.correction

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
@@ -122,20 +121,20 @@ def _efficiency_constant(
 ) -> EfficiencyConstant:
     problem.check(x, y)
     rule.check(problem, x, y)
-    flat, unravel = ravel_pytree(x)
+    flat, unravel = trees.ravel(x)
     # A derivative of a solve has no report; a failure shows as NaN.
     settings = Settings(on_failure=OnFailure.NAN)
 
     def omega(flat: jax.Array) -> jax.Array:
         gradient = estimate(outer, problem, rule, unravel(flat), y, settings).gradient
-        return ravel_pytree(trees.floating(gradient))[0]
+        return trees.ravel(trees.floating(gradient))[0]
 
     value, push = jax.linearize(omega, flat)
     pull = jax.linear_transpose(push, flat)
     done, nothing = code(Status.CONVERGED), jnp.zeros((), jnp.int32)
 
     if direction is not None:
-        d = ravel_pytree(direction)[0]
+        d = trees.ravel(direction)[0]
         length = trees.norm(push(d)) / trees.norm(d)
         status = jnp.where(jnp.isfinite(length), done, code(Status.NONFINITE))
         return EfficiencyConstant(length, nothing, jnp.zeros_like(length), status)

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from bilevax import _loop as loop
@@ -87,8 +86,8 @@ def evaluate(
     result = found.value, found.gradient, found.x
     (value, gradient, x), warm_x = _guarded(problem, statuses, result, warm, on_failure)
     # The adjoint of a `Reparameterized` rule is like z; a carry of `scan` must stay like x.
-    flat, unravel = ravel_pytree(x)
-    adjoint = unravel(ravel_pytree(found.rule.adjoint)[0].astype(flat.dtype))
+    flat, unravel = trees.ravel(x)
+    adjoint = unravel(trees.ravel(found.rule.adjoint)[0].astype(flat.dtype))
     following = WarmStart(warm_x, adjoint, warm.start)
     return Hypergradient(value, gradient, x, following, report, found.aux)
 
@@ -131,7 +130,7 @@ def _value_and_forward_gradient(function: Callable[[PyTree], Any], y: PyTree) ->
     """Return the same, by one forward derivative for each floating entry of y."""
     leaves, structure = jax.tree.flatten(y)
     moving = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-    flat, unravel = ravel_pytree([leaf for leaf, m in zip(leaves, moving, strict=True) if m])
+    flat, unravel = trees.ravel([leaf for leaf, m in zip(leaves, moving, strict=True) if m])
 
     def of_moving(flat: jax.Array) -> Any:
         moved, pairs = iter(unravel(flat)), zip(leaves, moving, strict=True)
@@ -159,7 +158,7 @@ def _certificate_if(certified: Any, certify: Callable[[], Certificate], y: PyTre
 def _nothing(shape: jax.ShapeDtypeStruct) -> jax.Array:
     """Return NaN, or zero where there is none: no products were spent."""
     is_floating = jnp.issubdtype(shape.dtype, jnp.floating)
-    return jnp.full(shape.shape, jnp.nan if is_floating else 0, shape.dtype)
+    return jnp.full_like(shape, jnp.nan if is_floating else 0)
 
 
 def _scale(problem: Problem, warm: WarmStart, y: PyTree) -> jax.Array:

@@ -222,7 +222,7 @@ def _start(
             f"got {checks.describe(y)}."
         )
     keys = jax.random.split(jax.random.key(0) if key is None else checked_key(key), counts.pop())
-    return jax.vmap(lambda y, key: step.init(y, x0, key=key, history=history))(
+    return mesh.vmap(lambda y, key: step.init(y, x0, key=key, history=history))(
         trees.as_arrays(y), keys
     )
 
@@ -247,7 +247,7 @@ def _advance(
 
     def body(carry: tuple[BilevelState, jax.Array]) -> tuple[BilevelState, jax.Array]:
         state, taken = carry
-        return (jax.vmap(one) if batched else one)(state), taken + 1
+        return (mesh.vmap(one) if batched else one)(state), taken + 1
 
     return mesh.while_loop(proceed, body, (state, jnp.zeros((), jnp.int32)))[0]
 
@@ -255,7 +255,7 @@ def _advance(
 @functools.partial(jax.jit, static_argnames="batched")
 def _judge_all(criteria: _Criteria, state: BilevelState, batched: bool) -> BilevelState:
     judge = functools.partial(_judge, criteria)
-    return (jax.vmap(judge) if batched else judge)(state)
+    return (mesh.vmap(judge) if batched else judge)(state)
 
 
 def _judge(criteria: _Criteria, state: BilevelState) -> BilevelState:

@@ -102,10 +102,8 @@ class StoredSampler(Sampler):
         self.check(state)
         indices, content = self.draw(state.content, _count_examples(self.data))
 
-        def take(leaf: Any) -> jax.Array:
-            return jnp.asarray(leaf).at[indices].get(mode="promise_in_bounds")
-
-        return jax.tree.map(take, self.data), dataclasses.replace(state, content=content)
+        batch = jax.tree.map(lambda leaf: mesh.take(jnp.asarray(leaf), indices), self.data)
+        return batch, dataclasses.replace(state, content=content)
 
     @abc.abstractmethod
     def start(self, key: jax.Array, count: int) -> PyTree:
