@@ -50,7 +50,13 @@ def register(cls: _Class) -> _Class:
 def dtype(tree: PyTree) -> jnp.dtype:
     """Return the common floating dtype of the leaves (the default one if there are none)."""
     leaves = jax.tree.leaves(tree)
-    return jnp.result_type(*leaves) if leaves else jnp.result_type(float)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*leaves) if leaves else jnp.result_type(float)
+
+
+def at_least_single(dtype: Any) -> jnp.dtype:
+    """Return the dtype, or float32 in place of a narrower one."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def epsilon(tree: PyTree) -> float:
@@ -69,9 +75,18 @@ def as_arrays(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), tree)
 
 
+def copied(tree: PyTree) -> PyTree:
+    """Return a tree of arrays that share no memory, with one another or with those given.
+
+    For states: a compiled step to which one is donated overwrites it.
+    """
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+
+
 def ravel(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
     """Return a tree as a flat vector, and the way back."""
-    flat, unravel = ravel_pytree(mesh.whole(tree))
+    with jax.numpy_dtype_promotion("standard"):
+        flat, unravel = ravel_pytree(mesh.whole(tree))
     return flat, lambda flat: mesh.cut_like(unravel(flat), tree)
 
 

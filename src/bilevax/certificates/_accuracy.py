@@ -243,7 +243,7 @@ def solve_accurately(
         going = going & ~is_failure(status) & jnp.isfinite(error)
         factor = jnp.clip(_AIM * allowed / error, 1e-3**rule.order, 0.5)
         products = found.rule.solve.products + certificate.products
-        cost = (_INNER_SHARE * 2 * jnp.maximum(products, 0)).astype(jnp.int32)
+        cost = (_INNER_SHARE * 2 * jnp.maximum(products, 0).astype(float)).astype(jnp.int32)
         following = _Plan(
             target=jnp.where(runs, factor ** (1 / rule.order), 1) * iterate.residual,
             least=jnp.where(runs, iterations + cost, iterations),

@@ -161,7 +161,7 @@ def _efficiency_constant(
 
     # Any start serves that no symmetry of the problem makes orthogonal to what is looked for.
     start = mesh.vary_like(jax.random.normal(jax.random.key(0), flat.shape, flat.dtype), flat)
-    nan = jnp.full_like(size, jnp.nan)
-    constant = EfficiencyConstant(nan, nothing, nan, jnp.asarray(-1, jnp.int32))
+    unknown = jnp.full_like(size, jnp.inf)
+    constant = EfficiencyConstant(unknown, nothing, unknown, jnp.asarray(-1, jnp.int32))
     state = _State(start / trees.norm(start), constant)
     return mesh.while_loop(lambda state: state.constant.status < 0, step, state).constant

@@ -142,7 +142,7 @@ def _value_and_forward_gradient(function: Callable[[PyTree], Any], y: PyTree) ->
 
 
 def _certificate_if(certified: Any, certify: Callable[[], Certificate], y: PyTree) -> Certificate:
-    """Return a certificate; where none is asked for, one of NaN that costs nothing."""
+    """Return a certificate; where none is asked for, one of infinities that costs nothing."""
 
     def with_one() -> Certificate:
         certificate = certify()
@@ -156,9 +156,9 @@ def _certificate_if(certified: Any, certify: Callable[[], Certificate], y: PyTre
 
 
 def _nothing(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """Return NaN, or zero where there is none: no products were spent."""
+    """Return infinity, for nothing is known, or zero: no products were spent."""
     is_floating = jnp.issubdtype(shape.dtype, jnp.floating)
-    return jnp.full_like(shape, jnp.nan if is_floating else 0)
+    return jnp.full_like(shape, jnp.inf if is_floating else 0)
 
 
 def _scale(problem: Problem, warm: WarmStart, y: PyTree) -> jax.Array:

@@ -120,7 +120,7 @@ class GMRES(base.LinearSolver):
         floor = (norm <= target) | (stuck & (relative <= base.attainable(operator)))
         status = jnp.where(floor, code(Status.CONVERGED), status)
         status = jnp.where(jnp.isfinite(size), status, code(Status.NONFINITE))
-        products = 1 + (guess is not None) + cycles * (restart + 1)
+        products = 1 + int(guess is not None) + cycles * (restart + 1)
         empty = ~(relative < 1) & (rhs_norm > 0)  # nothing better than zero: no solution at all
         x = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), x)
         return x, LinearReport(status, cycles, products, relative)

@@ -142,7 +142,7 @@ class NormalCG(base.LinearSolver):
         unfinished = (status == Status.BREAKDOWN) & (end.iterations >= maxiter)
         unfinished = unfinished & has_direction(end)
         status = jnp.where(unfinished, exhausted, status)
-        products = 2 * end.iterations + 3 + (guess is not None)
+        products = 2 * end.iterations + 3 + int(guess is not None)
         empty = (end.iterations == 0) & (trees.norm(rhs) > 0) & ~is_guess
         x = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), end.x)
         return rescale(x, unit), LinearReport(status, end.iterations, products, relative)

@@ -69,7 +69,7 @@ def minimal_residual(product: Product, b: jax.Array, enough: jax.Array, steps: i
         rotation = rotation.at[k].set(cosine * upper + sine * lower)
         rotation = rotation.at[k + 1].set(cosine * lower - sine * upper)
         column = column.at[k].set(radius)[:steps]
-        column = jnp.where(jnp.arange(steps) <= k, column, 0)
+        column = jnp.where(jnp.arange(steps, dtype=jnp.int32) <= k, column, 0)
         return _Arnoldi(
             basis.at[k + 1].set(unit),
             rotation,
@@ -86,7 +86,7 @@ def minimal_residual(product: Product, b: jax.Array, enough: jax.Array, steps: i
         jnp.zeros((), jnp.int32),
     )
     end = mesh.while_loop(proceed, step, start)
-    known = jnp.where(jnp.arange(steps) < end.taken, end.rotation[:steps, 0], 0)
+    known = jnp.where(jnp.arange(steps, dtype=jnp.int32) < end.taken, end.rotation[:steps, 0], 0)
     weights = jax.scipy.linalg.solve_triangular(end.triangle, known)
     return _multiply(weights, end.basis[:steps])
 

@@ -132,7 +132,7 @@ class _System:
         epsilon = trees.epsilon(rhs)
         b, unravel_leaves = trees.ravel(rhs)
         narrow = b.dtype
-        b = b.astype(jnp.promote_types(narrow, jnp.float32))
+        b = b.astype(trees.at_least_single(narrow))
 
         def unravel(v: jax.Array) -> PyTree:
             return unravel_leaves(v.astype(narrow))

@@ -80,7 +80,8 @@ class OuterStep:
         if self.projection is not None:
             image = jax.eval_shape(self.projection, y)
             checks.same_structure("projection", image, y, expected="y")
-        return mesh.settled(self, _init(self, y, warm, key, history=history))
+        state = _init(self, y, warm, key, history=history)
+        return trees.copied(mesh.settled(self, state))
 
     def engine_for(self, key: jax.Array) -> Engine:
         """Return the engine, made from the key if it is made from one."""
@@ -192,7 +193,7 @@ def _init(
         history=empty_history(history, infinity),
         best=Best(infinity, y, warm.x, none),
         milestone=Milestone(infinity, none),
-        first_stationarity=jnp.full((), jnp.nan, dtype),
+        first_stationarity=infinity,
         outcome=jnp.asarray(int(Outcome.RUNNING), jnp.int32),
     )
 
@@ -230,19 +231,20 @@ def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
     if step.projection is not None:
         moved = step.projection(trees.add_scaled(y, -1, result.gradient))
         stationarity = trees.norm(trees.difference(moved, y))
-    rtol = jnp.nan if engine.accuracy is not None else loop.stopping_rtol(engine.solver, warm.x)
+    rtol = jnp.inf if engine.accuracy is not None else loop.stopping_rtol(engine.solver, warm.x)
     record = entry(result, gradient_norm, stationarity, rtol)
 
-    updates, optimizer = step.update(
-        result.gradient,
-        state.optimizer,
-        y,
-        value=result.value,
-        grad=result.gradient,
-        # Line searches of Optax want it to take what else they are given.
-        value_fn=lambda y, tolerance: value(engine, y, result.warm),
-        tolerance=record.rtol,
-    )
+    with jax.numpy_dtype_promotion("standard"):  # Optax counts on it
+        updates, optimizer = step.update(
+            result.gradient,
+            state.optimizer,
+            y,
+            value=result.value,
+            grad=result.gradient,
+            # Line searches of Optax want it to take what else they are given.
+            value_fn=lambda y, tolerance: value(engine, y, result.warm),
+            tolerance=record.rtol,
+        )
     next_y = optax.apply_updates(y, updates)
     if step.projection is not None:
         next_y = step.projection(next_y)

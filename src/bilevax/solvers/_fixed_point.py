@@ -112,5 +112,8 @@ class FixedPointIteration(base.Solver):
         lengths = jax.lax.stop_gradient(jnp.where(lengths > 0, lengths, 1))
         rows = changes / lengths[:, None]
         ridge = 10 * jnp.finfo(flat.dtype).eps * jnp.eye(self.memory, dtype=flat.dtype)
-        gamma = jnp.linalg.solve(rows @ rows.T + ridge, rows @ flat) / lengths
+        # There are no solvers for less than single precision.
+        wide = trees.at_least_single(flat.dtype)
+        system, rhs = (u.astype(wide) for u in (rows @ rows.T + ridge, rows @ flat))
+        gamma = jnp.linalg.solve(system, rhs).astype(flat.dtype) / lengths
         return unravel(-damping * flat - (moves - damping * changes).T @ gamma)

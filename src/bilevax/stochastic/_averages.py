@@ -52,7 +52,7 @@ def average(
 
 
 def squared_error(spread: PyTree, count: jax.Array) -> jax.Array:
-    """Return the estimated square of ||mean - expectation||; NaN for a single sample."""
+    """Return the estimated square of ||mean - expectation||; infinite for a single sample."""
     total = sum(jax.tree.leaves(spread), jnp.zeros((), trees.dtype(spread)))
     pairs = jnp.asarray(count, total.dtype) * jnp.asarray(count - 1, total.dtype)
-    return jnp.where(count > 1, total / jnp.where(count > 1, pairs, 1), jnp.nan)
+    return jnp.where(count > 1, total / jnp.where(count > 1, pairs, 1), jnp.inf)

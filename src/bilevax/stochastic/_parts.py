@@ -97,7 +97,7 @@ class Inner(NamedTuple):
             u = trees.add_scaled(u, -jnp.asarray(size_of(step_size, index)), downhill)
             return u, trees.norm(downhill), sampling
 
-        unmeasured = jnp.full((), jnp.nan, trees.dtype(u))
+        unmeasured = jnp.full((), jnp.inf, trees.dtype(u))
         return mesh.fori_loop(steps, step, (u, unmeasured, sampling))
 
 

@@ -96,7 +96,7 @@ class StoredSampler(Sampler):
                 f"`batch_size` must be at most the number of examples in `data`, {count}; "
                 f"got {self.batch_size}."
             )
-        return SamplerState(self.start(single_key(key), count), self.source)
+        return trees.copied(SamplerState(self.start(single_key(key), count), self.source))
 
     def next(self, state: SamplerState) -> tuple[PyTree, SamplerState]:
         self.check(state)
