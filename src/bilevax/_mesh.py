@@ -113,7 +113,7 @@ def cut_like(tree: PyTree, other: PyTree) -> PyTree:
 
 def take(array: jax.Array, index: Any) -> jax.Array:
     """Return entries along the leading axis, which every device gets; indices are in bounds."""
-    where = {}
+    where: dict[str, Any] = {}
     if is_cut(array):
         cuts = [None] * jnp.ndim(index) + _cuts(array)[1:]
         where = {"out_sharding": jax.sharding.PartitionSpec(*cuts)}

@@ -109,8 +109,10 @@ def inner(a: PyTree, b: PyTree) -> jax.Array:
     """Return the Euclidean inner product as an array of the common dtype."""
     if any(map(mesh.is_cut, jax.tree.leaves((a, b)))):
         products = [jnp.sum(u * w) for u, w in zip(*map(jax.tree.leaves, (a, b)), strict=True)]
-        return jnp.asarray(sum(products), dtype(a))
-    return jnp.asarray(optax.tree.vdot(a, b), dtype(a))
+        total = jnp.zeros((), dtype(a))
+        return sum((product.astype(total.dtype) for product in products), total)
+    with jax.numpy_dtype_promotion("standard"):  # leaves may have several dtypes
+        return jnp.asarray(optax.tree.vdot(a, b), dtype(a))
 
 
 def norm(a: PyTree) -> jax.Array:
