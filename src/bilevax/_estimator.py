@@ -61,7 +61,7 @@ def checked_point(
     if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(y)):
         raise TypeError(f"`y` must have floating entries, got {checks.describe(y)}.")
     rule.check_values(x, y)
-    return function, x, y
+    return function, problem.varying(x, y), y
 
 
 def estimate(

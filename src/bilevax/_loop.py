@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._problems import Problem
 from bilevax._results import SolveReport
@@ -49,7 +50,7 @@ def run(
 
     def one(problem: Problem, x0: PyTree, scale: jax.Array) -> tuple[PyTree, SolveReport]:
         first, step = begin(solver, solver.posed(problem, x0, y), x0, y, scale)
-        return report(first, jax.lax.while_loop(is_running, step, first))
+        return report(first, mesh.while_loop(is_running, step, first))
 
     return per_task(problem, one, x0, spread(problem, scale))
 
@@ -127,7 +128,7 @@ def advance(
     ||F|| has grown from `initial_norm` by 1 / eps; NONFINITE.
     """
     judge, step = _stepper(solver, problem, y, reached, initial_norm, exhausted)
-    return jax.lax.while_loop(is_running, step, Progress(*start, judge(*start)))
+    return mesh.while_loop(is_running, step, Progress(*start, judge(*start)))
 
 
 def _stepper(

@@ -16,6 +16,7 @@ import optax.tree
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._closures import as_partial, hoist
 from bilevax._operator import LinearOperator, Scaling, Structure
@@ -50,6 +51,14 @@ class Problem(abc.ABC):
     @abc.abstractmethod
     def check(self, x: PyTree, y: PyTree) -> None:
         """Raise a `TypeError` if the function does not fit x; costs nothing at run time."""
+
+    def varying(self, x: PyTree, y: PyTree) -> PyTree:
+        """Return x as it varies over the devices of a mesh: wherever the function of it does.
+
+        Without that, the gradient of an objective that each device has its own of would be summed
+        over all devices, for an x that they share.
+        """
+        return mesh.vary_with(x, lambda x: self.function(x, y))
 
     def hoisted(self, x: PyTree, y: PyTree, *task: PyTree) -> "Problem":
         """Return an equal problem, with all traced values that it closes over as leaves.
@@ -114,9 +123,13 @@ class Problem(abc.ABC):
     def terms_norm(self, x: PyTree, y: PyTree) -> jax.Array:
         """Return the size of the terms that cancel in F at a solution near x: ||F_1(x, y) x||.
 
-        Times eps, it is how large F is there by rounding errors alone.
+        Times eps, it is how large F is there by rounding errors alone. It is a difference of F
+        along x, for F need not have derivatives in forward mode, as with a `jax.custom_vjp` inside.
         """
-        return self.norm(jax.jvp(lambda x: self.optimality(x, y), (x,), (x,))[1])
+        step = trees.epsilon(x) ** 0.5
+        further = self.optimality(trees.add_scaled(x, step, x), y)
+        change = trees.add_scaled(further, -1, self.optimality(x, y))
+        return self.norm(change) / step
 
     def pull_outer(self, x: PyTree, y: PyTree, v: PyTree) -> tuple["Problem", PyTree]:
         """Return F_2(x, y)^T v, as cotangents of this problem's leaves and of y.

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax.tree
-from jax.flatten_util import ravel_pytree
 
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._operator import LinearOperator, Scaling
 from bilevax._problems import Problem
@@ -70,7 +70,7 @@ class _State(NamedTuple):
 
 def _find(problem: Problem, x: PyTree, y: PyTree) -> Scaling:
     optimality, jacobian = problem.linearize(x, y)
-    flat, unravel_leaves = ravel_pytree(x)
+    flat, unravel_leaves = trees.ravel(x)
     ones = jnp.ones(flat.shape, jnp.promote_types(flat.dtype, jnp.float32))  # room for squares
     probes = trees.signs(_PROBES, ones)
 
@@ -79,7 +79,7 @@ def _find(problem: Problem, x: PyTree, y: PyTree) -> Scaling:
 
     def sizes(operator: LinearOperator, left: jax.Array, right: jax.Array) -> jax.Array:
         def product(probe: jax.Array) -> jax.Array:
-            return left * ravel_pytree(operator.matvec(unravel(right * probe)))[0]
+            return left * trees.ravel(operator.matvec(unravel(right * probe)))[0]
 
         return jnp.sqrt(jnp.mean(jax.vmap(product)(probes) ** 2, axis=0))
 
@@ -100,11 +100,12 @@ def _find(problem: Problem, x: PyTree, y: PyTree) -> Scaling:
     rows = columns = ones
     if problem.scaling is not None:
         known = problem.scaling.rows, problem.scaling.columns
-        rows, columns = (ravel_pytree(diagonal)[0].astype(ones.dtype) for diagonal in known)
+        rows, columns = (trees.ravel(diagonal)[0].astype(ones.dtype) for diagonal in known)
     start = _State(rows, columns, jnp.full((), jnp.inf, ones.dtype), jnp.zeros((), jnp.int32))
-    end = jax.lax.while_loop(proceed, improve, start)
+    end = mesh.while_loop(proceed, improve, start)
     rows, columns = unravel(_power_of_two(end.rows)), unravel(_power_of_two(end.columns))
-    unit = trees.scaled_norm(optimality) / trees.scaled_norm(optax.tree.mul(rows, optimality))
+    size = trees.scaled_norm(optax.tree.mul(rows, optimality))
+    unit = trees.scaled_norm(optimality) / jnp.where(size > 0, size, 1)
     return Scaling(trees.scale(_power_of_two(unit), rows), columns)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._failure import OnFailure
 from bilevax._operator import Scaling
@@ -46,6 +47,12 @@ class Separable(Problem):
 
     def near_inverse(self, x: PyTree, y: PyTree, v: PyTree) -> PyTree:
         return per_task(self, lambda problem, x, v: problem.near_inverse(x, y, v), x, v)
+
+    def varying(self, x: PyTree, y: PyTree) -> PyTree:
+        def values(x: PyTree) -> PyTree:
+            return per_task(self, lambda problem, x: problem.function(x, y), x)
+
+        return mesh.vary_with(x, values)
 
     def hoisted(self, x: PyTree, y: PyTree, *task: PyTree) -> Problem:
         self._check_axis(x)
@@ -145,7 +152,7 @@ def per_task(problem: Problem, function: Callable[..., PyTree], *stacked: PyTree
         task = dataclasses.replace(problem.task(data), scaling=scaling)
         return function(task, *arguments)
 
-    return jax.vmap(one)(problem.tasks, problem.scaling, *stacked)
+    return mesh.vmap(one)(problem.tasks, problem.scaling, *stacked)
 
 
 def representative(problem: Problem, x: PyTree) -> tuple[Problem, PyTree]:
@@ -229,4 +236,4 @@ def _count(tasks: PyTree) -> int:
 
 
 def _first(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[0], tree)
+    return jax.tree.map(lambda leaf: mesh.take(leaf, jnp.zeros(1, int))[0], tree)

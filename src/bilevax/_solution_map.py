@@ -63,6 +63,7 @@ class SolutionMap:
         checks.outer_variable(y)
         x0 = trees.as_arrays(x0)
         y = trees.as_arrays(y)
+        x0 = self.problem.varying(x0, y)
         problem = self.problem.hoisted(x0, y)
         if isinstance(self.rule, IterativeRule):
             solve = Partial(_iterate, self.solve, Settings(on_failure=forward))

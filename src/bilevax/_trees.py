@@ -5,13 +5,16 @@ Vectors of this package are pytrees of real floating arrays. Whatever `optax.tre
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax.tree
+from jax.flatten_util import ravel_pytree
+
+from bilevax import _mesh as mesh
 
 PyTree = Any
 _Class = TypeVar("_Class", bound=type)
@@ -48,7 +51,13 @@ def register(cls: _Class) -> _Class:
 def dtype(tree: PyTree) -> jnp.dtype:
     """Return the common floating dtype of the leaves (the default one if there are none)."""
     leaves = jax.tree.leaves(tree)
-    return jnp.result_type(*leaves) if leaves else jnp.result_type(float)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*leaves) if leaves else jnp.result_type(float)
+
+
+def at_least_single(dtype: Any) -> jnp.dtype:
+    """Return the dtype, or float32 in place of a narrower one."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def epsilon(tree: PyTree) -> float:
@@ -65,6 +74,21 @@ def dimension(tree: PyTree) -> int:
 def as_arrays(tree: PyTree) -> PyTree:
     """Turn numbers into arrays, and weakly typed ones into arrays of their own dtype."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), tree)
+
+
+def copied(tree: PyTree) -> PyTree:
+    """Return a tree of arrays that share no memory, with one another or with those given.
+
+    For states: a compiled step to which one is donated overwrites it.
+    """
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+
+
+def ravel(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
+    """Return a tree as a flat vector, and the way back."""
+    with jax.numpy_dtype_promotion("standard"):
+        flat, unravel = ravel_pytree(mesh.whole(tree))
+    return flat, lambda flat: mesh.cut_like(unravel(flat), tree)
 
 
 def add_scaled(a: PyTree, scalar: Any, b: PyTree) -> PyTree:
@@ -84,7 +108,12 @@ def negative(a: PyTree) -> PyTree:
 
 def inner(a: PyTree, b: PyTree) -> jax.Array:
     """Return the Euclidean inner product as an array of the common dtype."""
-    return jnp.asarray(optax.tree.vdot(a, b), dtype(a))
+    if any(map(mesh.is_cut, jax.tree.leaves((a, b)))):
+        products = [jnp.sum(u * w) for u, w in zip(*map(jax.tree.leaves, (a, b)), strict=True)]
+        total = jnp.zeros((), dtype(a))
+        return sum((product.astype(total.dtype) for product in products), total)
+    with jax.numpy_dtype_promotion("standard"):  # leaves may have several dtypes
+        return jnp.asarray(optax.tree.vdot(a, b), dtype(a))
 
 
 def norm(a: PyTree) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._loop import Progress, begin, is_running, report
 from bilevax._problems import Problem
@@ -94,7 +95,7 @@ def _iterate(
     def when(due: jax.Array, steps: Callable[[Progress], Progress], start: Progress) -> Progress:
         if sweep.is_fixed:
             return steps(start)
-        return jax.lax.cond(trees.in_any_lane(due), steps, lambda start: start, start)
+        return mesh.cond(trees.in_any_lane(due), steps, lambda start: start, start)
 
     def one(progress: Progress, _: None) -> tuple[Progress, None]:
         due, progress = is_due(progress), _without_norm(progress)
@@ -107,7 +108,7 @@ def _iterate(
 
     # What is kept of a body is its input, and nothing that is read inside.
     def scan(body: Callable[..., Any], start: Progress, count: int) -> Progress:
-        return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start, None, length=count)[0]
+        return mesh.scan(jax.checkpoint(body, prevent_cse=False), start, None, length=count)[0]
 
     start = jax.tree.map(jnp.asarray, start)
     if sweep.checkpoints is None:
@@ -139,10 +140,10 @@ def _until_the_last(
         return step(progress), older, newer
 
     first = jax.tree.map(jnp.asarray, first)
-    end, older, _ = jax.lax.while_loop(
+    end, older, _ = mesh.while_loop(
         lambda state: is_running(state[0]), onward, (first, first, first)
     )
-    before = jax.lax.while_loop(
+    before = mesh.while_loop(
         lambda progress: progress.iterations < end.iterations - last, step, older
     )
     return before, end

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._estimator import checked_point, estimate
 from bilevax._failure import OnFailure
@@ -123,20 +123,20 @@ def _efficiency_constant(
     problem.check(x, y)
     rule.check(problem, x, y)
     problem = scaled(problem, x, y)
-    flat, unravel = ravel_pytree(x)
+    flat, unravel = trees.ravel(x)
     # A derivative of a solve has no report; a failure shows as NaN.
     settings = Settings(on_failure=OnFailure.NAN)
 
     def omega(flat: jax.Array) -> jax.Array:
         gradient = estimate(outer, problem, rule, unravel(flat), y, settings).gradient
-        return ravel_pytree(trees.floating(gradient))[0]
+        return trees.ravel(trees.floating(gradient))[0]
 
     value, push = jax.linearize(omega, flat)
     pull = jax.linear_transpose(push, flat)
     done, nothing = code(Status.CONVERGED), jnp.zeros((), jnp.int32)
 
     if direction is not None:
-        d = ravel_pytree(direction)[0]
+        d = trees.ravel(direction)[0]
         length = trees.norm(push(d)) / trees.norm(d)
         status = jnp.where(jnp.isfinite(length), done, code(Status.NONFINITE))
         return EfficiencyConstant(length, nothing, jnp.zeros_like(length), status)
@@ -162,8 +162,8 @@ def _efficiency_constant(
         return _State(following, EfficiencyConstant(jnp.sqrt(square), iterations, residual, status))
 
     # Any start serves that no symmetry of the problem makes orthogonal to what is looked for.
-    start = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)
-    nan = jnp.full_like(size, jnp.nan)
-    constant = EfficiencyConstant(nan, nothing, nan, jnp.asarray(-1, jnp.int32))
+    start = mesh.vary_like(jax.random.normal(jax.random.key(0), flat.shape, flat.dtype), flat)
+    unknown = jnp.full_like(size, jnp.inf)
+    constant = EfficiencyConstant(unknown, nothing, unknown, jnp.asarray(-1, jnp.int32))
     state = _State(start / trees.norm(start), constant)
-    return jax.lax.while_loop(lambda state: state.constant.status < 0, step, state).constant
+    return mesh.while_loop(lambda state: state.constant.status < 0, step, state).constant

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._estimator import Estimate, size_of_terms, value_and_aux
 from bilevax._problems import Problem
@@ -151,7 +152,7 @@ def correct_twice(
 
     # A loop compiles the solves once.
     reductions = jnp.stack([jnp.asarray(reduction, start.terms.dtype), REDUCTION])
-    second, points = jax.lax.scan(onward, start, reductions)
+    second, points = mesh.scan(onward, start, reductions)
     return start, jax.tree.map(lambda leaf: leaf[0], points), second
 
 
@@ -184,14 +185,17 @@ def judge(
     """
     start, first, second = points
     before, after = (
-        jnp.concatenate([jnp.ravel(u - w) for u, w in zip(a.gradient, b.gradient, strict=True)])
+        jnp.abs(trees.ravel([u - w for u, w in zip(a.gradient, b.gradient, strict=True)])[0])
         for a, b in ((start, first), (first, second))
     )
     # Entries that are nearly exact must not hide one that converges slowly: what each would still
-    # change by, at its own rate. An entry that did not change before has no rate.
-    rates = jnp.minimum(jnp.abs(after) / jnp.abs(before), 1)
-    coming = trees.scaled_norm(jnp.where(after == 0, 0, rates * after))
-    contraction = jnp.maximum(coming / change, change / trees.scaled_norm(before))
+    # change by, at its own rate. An entry that did not change before has the rate 1.
+    rates = jnp.minimum(after / jnp.where(before > 0, before, 1), 1)
+    coming = trees.scaled_norm(jnp.where(before > 0, rates, 1) * after)
+    size = trees.scaled_norm(before)
+    contraction = jnp.maximum(
+        coming / jnp.where(change > 0, change, 1), change / jnp.where(size > 0, size, 1)
+    )
     contraction = jnp.where(change <= floor, 0, contraction)
     # What rounding leaves of F at a solution near x: no step can improve on that.
     noise = 10 * trees.epsilon(start.x) * problem.terms_norm(start.x, y)

@@ -9,6 +9,7 @@ import numpy as np
 
 from bilevax import _checks as checks
 from bilevax import _loop as loop
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._estimator import Estimate, estimate
 from bilevax._failure import OnFailure, guard
@@ -206,7 +207,7 @@ def solve_accurately(
     aim = jnp.asarray(accuracy.first_error, initial_norm.dtype)
     plan = _Plan(aim ** (1 / rule.order) * scale, aim, aim)
     shapes = jax.eval_shape(inspect, first.x, adjoint, plan)
-    nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    nothing = jax.tree.map(jnp.zeros_like, shapes)
     begin = _Round(
         first,
         jnp.zeros((), jnp.int32),
@@ -217,7 +218,7 @@ def solve_accurately(
         jnp.full_like(nothing.change, jnp.inf),
         plan,
     )
-    end = jax.lax.while_loop(lambda state: state.status == _RUNNING, step, begin)
+    end = mesh.while_loop(lambda state: state.status == _RUNNING, step, begin)
     found = end.found
     solve = found.rule.solve.status
     gradient = guard(on_failure, "adjoint solve", is_unsolved(solve), solve, found.gradient)

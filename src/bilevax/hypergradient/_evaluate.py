@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from bilevax import _loop as loop
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._estimator import estimate, value_and_aux
 from bilevax._failure import OnFailure, guard
@@ -48,6 +48,7 @@ def evaluate(
 ) -> Hypergradient:
     """Solve, and evaluate the estimator of a rule there."""
     problem.check(warm.x, y)
+    warm = WarmStart(*(problem.varying(each, y) for each in warm))
     rule.check(*representative(problem, warm.x), y)
     problem = scaled(problem, warm.x, y)
     scale = cold_residual(solver, problem, warm, y)
@@ -102,8 +103,8 @@ def evaluate(
     result = found.value, found.gradient, found.x
     (value, gradient, x), warm_x = _guarded(problem, statuses, result, warm, on_failure)
     # The adjoint of a `Reparameterized` rule is like z; a carry of `scan` must stay like x.
-    flat, unravel = ravel_pytree(x)
-    adjoint = unravel(ravel_pytree(found.rule.adjoint)[0].astype(flat.dtype))
+    flat, unravel = trees.ravel(x)
+    adjoint = unravel(trees.ravel(found.rule.adjoint)[0].astype(flat.dtype))
     following = WarmStart(warm_x, adjoint, warm.start)
     return Hypergradient(value, gradient, x, following, report, found.aux)
 
@@ -121,6 +122,7 @@ def evaluate_run(
 ) -> Hypergradient:
     """Differentiate the run of the solver."""
     problem.check(warm.x, y)
+    warm = WarmStart(*(problem.varying(each, y) for each in warm))
     scale = per_task(problem, lambda each, x: each.norm(each.optimality(x, y)), warm.start)
     if on_failure is OnFailure.DROP:
         run = Partial(run_dropping, run)
@@ -147,7 +149,7 @@ def _value_and_forward_gradient(function: Callable[[PyTree], Any], y: PyTree) ->
     """Return the same, by one forward derivative for each floating entry of y."""
     leaves, structure = jax.tree.flatten(y)
     moving = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-    flat, unravel = ravel_pytree([leaf for leaf, m in zip(leaves, moving, strict=True) if m])
+    flat, unravel = trees.ravel([leaf for leaf, m in zip(leaves, moving, strict=True) if m])
 
     def of_moving(flat: jax.Array) -> Any:
         moved, pairs = iter(unravel(flat)), zip(leaves, moving, strict=True)
@@ -159,7 +161,7 @@ def _value_and_forward_gradient(function: Callable[[PyTree], Any], y: PyTree) ->
 
 
 def _certificate_if(certified: Any, certify: Callable[[], Certificate], y: PyTree) -> Certificate:
-    """Return a certificate; where none is asked for, one of NaN that costs nothing."""
+    """Return a certificate; where none is asked for, one of infinities that costs nothing."""
 
     def with_one() -> Certificate:
         certificate = certify()
@@ -168,14 +170,14 @@ def _certificate_if(certified: Any, certify: Callable[[], Certificate], y: PyTre
     def without() -> Certificate:
         return jax.tree.map(_nothing, jax.eval_shape(with_one))
 
-    certificate = jax.lax.cond(certified, with_one, without)
+    certificate = mesh.cond(certified, with_one, without)
     return certificate._replace(error=trees.with_floating(certificate.error, y))
 
 
 def _nothing(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """Return NaN, or zero where there is none: no products were spent."""
+    """Return infinity, for nothing is known, or zero: no products were spent."""
     is_floating = jnp.issubdtype(shape.dtype, jnp.floating)
-    return jnp.full(shape.shape, jnp.nan if is_floating else 0, shape.dtype)
+    return jnp.full_like(shape, jnp.inf if is_floating else 0)
 
 
 def cold_residual(solver: Solver, problem: Problem, warm: WarmStart, y: PyTree) -> jax.Array:

@@ -94,4 +94,4 @@ def cold_start(x0: PyTree) -> WarmStart:
     """
     checks.inner_variable(x0, "x0")
     x0 = trees.as_arrays(x0)
-    return WarmStart(x0, optax.tree.zeros_like(x0), x0)
+    return trees.copied(WarmStart(x0, optax.tree.zeros_like(x0), x0))

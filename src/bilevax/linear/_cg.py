@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax.tree
 
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._operator import LinearOperator
 from bilevax._results import LinearReport
@@ -206,7 +207,7 @@ class CG(base.LinearSolver):
             numbers=jnp.stack(_Numbers(rz, none, first_square, infinity)),
             counts=jnp.stack(_Counts(phase, zero_count, zero_count)),
         )
-        end = jax.lax.while_loop(lambda state: _Counts(*state.counts).phase < 0, step, start)
+        end = mesh.while_loop(lambda state: _Counts(*state.counts).phase < 0, step, start)
         phase, iterations, products = _Counts(*end.counts)
 
         # Never a zero in place of a solution: without any iterate the result is NaN.

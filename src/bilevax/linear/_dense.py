@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._operator import LinearOperator, Structure
 from bilevax._results import LinearReport
@@ -96,5 +97,5 @@ class Dense(base.LinearSolver):
 
 def materialise(operator: LinearOperator, batch_size: int) -> jax.Array:
     """Return the (d, d) matrix of an operator on flat vectors."""
-    basis = jnp.eye(operator.like.size, dtype=operator.like.dtype)
+    basis = mesh.vary_like(jnp.eye(operator.like.size, dtype=operator.like.dtype), operator.like)
     return jax.lax.map(operator.matvec, basis, batch_size=min(batch_size, len(basis))).T

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax.tree
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._operator import LinearOperator
 from bilevax._results import LinearReport
@@ -118,7 +119,7 @@ class Neumann(base.LinearSolver):
             return _State(v, r, trees.norm(r), state.terms + 1)
 
         first = _State(optax.tree.zeros_like(rhs), rhs, size, jnp.zeros((), jnp.int32))
-        v, r, norm, terms = jax.lax.while_loop(proceed, step, first)
+        v, r, norm, terms = mesh.while_loop(proceed, step, first)
         v = trees.add_scaled(v, prepared, r)
         relative = norm / jnp.where(size > 0, size, 1)
         falls = (relative < 1) | (terms == 0)  # no product, nothing known
@@ -152,5 +153,6 @@ def _operator_norm(operator: LinearOperator) -> jax.Array:
 
     # Any start serves that no symmetry of the problem makes orthogonal to what is looked for.
     start = optax.tree.random_like(jax.random.key(0), operator.like)
+    start = mesh.vary_like(start, operator.like)
     start = trees.scale(1 / trees.norm(start), start)
-    return jax.lax.fori_loop(0, _POWER_ITERATIONS, step, (start, trees.norm(start)))[1]
+    return mesh.fori_loop(_POWER_ITERATIONS, step, (start, trees.norm(start)))[1]

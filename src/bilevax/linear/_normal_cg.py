@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._operator import LinearOperator
 from bilevax._results import LinearReport
@@ -134,14 +135,14 @@ class NormalCG(base.LinearSolver):
             largest = jnp.maximum(state.largest, curvature / state.size)
             return _State(x, r, s, p, sz, size, largest, state.iterations + 1)
 
-        end = jax.lax.while_loop(proceed, step, start_from(trees.scale(unit, first), residual))
+        end = mesh.while_loop(proceed, step, start_from(trees.scale(unit, first), residual))
 
         relative, status = base.measure(operator, end.x, rhs, self.rtol, self.atol)
         exhausted = out_of_steps(self.rtol, self.atol)
         unfinished = (status == Status.BREAKDOWN) & (end.iterations >= maxiter)
         unfinished = unfinished & has_direction(end)
         status = jnp.where(unfinished, exhausted, status)
-        products = 2 * end.iterations + 3 + (guess is not None)
+        products = 2 * end.iterations + 3 + int(guess is not None)
         # Steps that were asked for count even where they bring little; steps along rounding do not.
         ended = (end.iterations == 0) | (status == Status.BREAKDOWN)
         empty = ended & (trees.norm(rhs) > 0) & ~(relative < base.no_better(operator))

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
@@ -77,7 +76,7 @@ def linear_solve(
                 f"`guess` must have as many entries as the unknown, {b.size}; "
                 f"got {checks.describe(guess)}."
             )
-        guess = way.from_solution(jax.lax.stop_gradient(ravel_pytree(guess)[0].astype(b.dtype)))
+        guess = way.from_solution(jax.lax.stop_gradient(trees.ravel(guess)[0].astype(b.dtype)))
     v, report = _solve(system, guess, b)
     return way.to_solution(v), report
 
@@ -145,15 +144,15 @@ class _System:
         """
         checks.single_numbers(solver)
         epsilon = trees.epsilon(rhs)
-        b, unravel_leaves = ravel_pytree(rhs)
+        b, unravel_leaves = trees.ravel(rhs)
         narrow = b.dtype
-        b = b.astype(jnp.promote_types(narrow, jnp.float32))
+        b = b.astype(trees.at_least_single(narrow))
 
         def unravel(v: jax.Array) -> PyTree:
             return unravel_leaves(v.astype(narrow))
 
         def flatten(function: Callable[[PyTree], PyTree]) -> Callable[[jax.Array], jax.Array]:
-            return lambda v: ravel_pytree(function(unravel(v)))[0].astype(b.dtype)
+            return lambda v: trees.ravel(function(unravel(v)))[0].astype(b.dtype)
 
         solver = solver.with_default_preconditioner(operator.preconditioner)
         complement = None if operator.complement is None else flatten(operator.complement)
@@ -171,7 +170,7 @@ class _System:
         columns: Any = 1
         if scaling is not None:
             rows, columns = (
-                jax.lax.stop_gradient(ravel_pytree(diagonal)[0].astype(b.dtype))
+                jax.lax.stop_gradient(trees.ravel(diagonal)[0].astype(b.dtype))
                 for diagonal in (scaling.rows, scaling.columns)
             )
             operator = operator.with_matvec(_scale_both(operator.matvec, rows, columns))

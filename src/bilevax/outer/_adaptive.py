@@ -136,7 +136,7 @@ class Adaptive(Schedule):
         cold_residual: jax.Array,
         order: int,
     ) -> _Memory:
-        assert certificate is not None  # made in every step, if only of NaN
+        assert certificate is not None  # made in every step, if only of infinities
         size, dtype = entry.stationarity, entry.stationarity.dtype
         error, allowed, known = self._judged(entry, certificate)
 

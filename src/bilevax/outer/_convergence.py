@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._status import Status, is_unsolved
 from bilevax.hypergradient import Engine
@@ -44,7 +45,7 @@ def judge(step: OuterStep, criteria: Criteria, state: BilevelState) -> BilevelSt
     met = is_good & ~is_unsolved(last.status) & (last.stationarity <= tolerance)
     if _has_certificates(step):
         converged = met & (last.stationarity + last.certificate <= tolerance)
-        due = met & jnp.isnan(last.certificate) & (state.step > state.candidate.due)
+        due = met & ~jnp.isfinite(last.certificate) & (state.step > state.candidate.due)
         outcome = jnp.where(due, Outcome.CANDIDATE, outcome)
     else:
         converged = met
@@ -104,7 +105,7 @@ def _verify(
         )
         return trees.where(state.outcome == Outcome.CANDIDATE, judged, state)
 
-    return (jax.vmap(one) if batched else one)(state)
+    return (mesh.vmap(one) if batched else one)(state)
 
 
 def _reached(state: BilevelState, y: Any) -> Best:

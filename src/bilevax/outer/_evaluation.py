@@ -76,7 +76,7 @@ def with_effort(engine: Engine, effort: Effort) -> Engine:
 def evaluate(
     engine: Engine, effort: Effort, y: PyTree, warm: WarmStart
 ) -> tuple[Hypergradient, Certificate | None]:
-    """Return the hypergradient, and a certificate where the effort asks for one, elsewhere NaN."""
+    """Return the hypergradient, and a certificate: infinite where the effort asks for none."""
     if effort.certified is None:
         return engine(y, warm), None
     due = trees.in_any_lane(effort.certified)
@@ -85,7 +85,7 @@ def evaluate(
     # A certificate that another lane has asked for is none of this one.
     def mask(leaf: jax.Array) -> jax.Array:
         is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.where(effort.certified, leaf, jnp.nan if is_floating else 0)
+        return jnp.where(effort.certified, leaf, jnp.inf if is_floating else 0)
 
     certificate = jax.tree.map(mask, result.report.certificate)
     result = result._replace(report=result.report._replace(certificate=certificate))

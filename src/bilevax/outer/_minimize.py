@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax.outer._checkpointing import Checkpointer, OpenCheckpoints
 from bilevax.outer._convergence import Criteria, judge, remember, verified
@@ -218,7 +219,7 @@ def _start(
             f"got {checks.describe(y)}."
         )
     keys = jax.random.split(jax.random.key(0) if key is None else checked_key(key), counts.pop())
-    return jax.vmap(lambda y, key: step.init(y, x0, key=key, history=history))(
+    return mesh.vmap(lambda y, key: step.init(y, x0, key=key, history=history))(
         trees.as_arrays(y), keys
     )
 
@@ -242,9 +243,9 @@ def _advance(
 
     def body(carry: tuple[BilevelState, jax.Array]) -> tuple[BilevelState, jax.Array]:
         state, taken = carry
-        return (jax.vmap(one) if batched else one)(state), taken + 1
+        return (mesh.vmap(one) if batched else one)(state), taken + 1
 
-    return jax.lax.while_loop(proceed, body, (state, jnp.zeros((), jnp.int32)))[0]
+    return mesh.while_loop(proceed, body, (state, jnp.zeros((), jnp.int32)))[0]
 
 
 @functools.partial(jax.jit, static_argnames="batched")
@@ -252,7 +253,7 @@ def _judge_all(
     step: OuterStep, criteria: Criteria, state: BilevelState, batched: bool
 ) -> BilevelState:
     one = functools.partial(judge, step, criteria)
-    return (jax.vmap(one) if batched else one)(state)
+    return (mesh.vmap(one) if batched else one)(state)
 
 
 def _done(state: BilevelState) -> int:

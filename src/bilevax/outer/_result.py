@@ -42,7 +42,7 @@ class MinimizeResult(NamedTuple):
       message: how the run ended and what to do about it, in a sentence.
       state: the `BilevelState` at the end; its y is the point after the last step.
       history: a `BilevelHistory` of the last steps, NumPy arrays in the order of steps. Where runs
-        have taken different numbers of steps, the ends are NaN and -1.
+        have taken different numbers of steps, the ends are infinite and -1.
       seconds: see `Seconds`.
       best_run: the run with the smallest value; None if there is but one.
     """
@@ -103,7 +103,7 @@ def _ordered_runs(ring: BilevelHistory, steps: np.ndarray) -> BilevelHistory:
     longest = max(len(run.value) for run in runs)
 
     def stack(*leaves: np.ndarray) -> np.ndarray:
-        missing = np.nan if np.issubdtype(leaves[0].dtype, np.floating) else -1
+        missing = np.inf if np.issubdtype(leaves[0].dtype, np.floating) else -1
         gaps = [(0, longest - len(leaf)) for leaf in leaves]
         return np.stack(
             [np.pad(u, gap, constant_values=missing) for u, gap in zip(leaves, gaps, strict=True)]

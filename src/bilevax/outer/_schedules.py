@@ -96,7 +96,8 @@ class Schedule(abc.ABC):
           state: what it remembered before.
           step: the number of the step.
           entry: what the history says of it.
-          certificate: of the hypergradient, where the schedule asks for some; NaN in other steps.
+          certificate: of the hypergradient, where the schedule asks for some; infinite in other
+            steps.
           cold_residual: ||F(x0, y)||, which tolerances are relative to.
           order: the power of the tolerance to which the error is proportional.
         """
@@ -166,7 +167,7 @@ class Geometric(Schedule):
             raise ValueError(f"`factor` must be below 1, got {self.factor!r}.")
 
     def effort(self, state: PyTree, step: jax.Array, x: PyTree) -> Effort:
-        return Effort(_at_least(self.smallest, self.first * jnp.asarray(self.factor) ** step, x))
+        return Effort(_at_least(self.smallest, self.first * _power(self.factor, step), x))
 
 
 @trees.register
@@ -252,6 +253,10 @@ def check_positive(schedule: Schedule) -> None:
         value = getattr(schedule, field.name)
         if value is not None or field.default is not None:
             checks.positive(field.name, value)
+
+
+def _power(base: Any, exponent: jax.Array) -> jax.Array:
+    return jnp.asarray(base, jnp.result_type(float)) ** exponent.astype(jnp.result_type(float))
 
 
 def _at_least(smallest: Any, rtol: jax.Array, x: PyTree) -> jax.Array:

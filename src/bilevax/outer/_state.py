@@ -50,14 +50,15 @@ class BilevelHistory(NamedTuple):
       gradient_norm: the norm of the hypergradient there.
       stationarity: ||y - P(y - gradient)||, where P is the projection; zero where y is optimal to
         first order. Without a projection it is `gradient_norm`.
-      rtol: the relative tolerance of the inner solve; NaN where an `accuracy` took its place.
+      rtol: the relative tolerance of the inner solve; infinite where an `accuracy` took its place.
       inner_iterations: of the inner solve, int32; for a separable problem the sum over tasks.
       inner_residual: ||F(x, y)||; for a separable problem the largest.
       adjoint_iterations: of the adjoint solve, int32 (summed over tasks); -1 where not counted.
-      adjoint_residual: relative, the largest of the tasks; NaN for rules without an adjoint solve.
+      adjoint_residual: relative, the largest of the tasks; infinite for rules without an adjoint
+        solve.
       products: with F_1 or F_1^T outside of the inner solve, int32: of the adjoint solve, the
         correction and the certificate; -1 where not counted.
-      certificate: the estimate of the error of the hypergradient, absolute; NaN without one.
+      certificate: the estimate of the error of the hypergradient, absolute; infinite without one.
       status: the worst `Status` of the solves, int32; NONFINITE where a number was not finite.
     """
 
@@ -151,8 +152,8 @@ class BilevelState(NamedTuple):
 
 
 def empty_history(length: int, value: jax.Array) -> BilevelHistory:
-    """Return a history of `length` steps that are still to come; NaN and -1."""
-    number = jnp.full(length, jnp.nan, value.dtype)
+    """Return a history of `length` steps that are still to come; infinity and -1."""
+    number = jnp.full(length, jnp.inf, value.dtype)
     count = jnp.full(length, -1, jnp.int32)
     return BilevelHistory(
         number, number, number, number, count, number, count, number, count, number, count
@@ -166,7 +167,7 @@ def entry(
     report = result.report
     inner, adjoint, certificate = report.inner, report.adjoint, report.certificate
     dtype = result.value.dtype
-    nothing, none = jnp.full((), jnp.nan, dtype), jnp.zeros((), jnp.int32)
+    nothing, none = jnp.full((), jnp.inf, dtype), jnp.zeros((), jnp.int32)
     solves = [solve for solve in (adjoint, inner.correction) if solve is not None]
     products = [solve.products for solve in solves]
     if certificate is not None:

@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _loop as loop
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._closures import as_partial
 from bilevax._iterative import Bound, IterativeRule
@@ -81,7 +82,8 @@ class OuterStep:
         if self.projection is not None:
             image = jax.eval_shape(self.projection, y)
             checks.same_structure("projection", image, y, expected="y")
-        return _init(self, y, warm, key, history=history)
+        state = _init(self, y, warm, key, history=history)
+        return trees.copied(mesh.settled(self, state))
 
     def engine_for(self, key: jax.Array) -> Engine:
         """Return the engine, made from the key if it is made from one."""
@@ -201,7 +203,7 @@ def _init(
         best=Best(infinity, y, warm.x, none),
         milestone=Milestone(infinity, none),
         candidate=Candidate(y, none, none),
-        first_stationarity=jnp.full((), jnp.nan, dtype),
+        first_stationarity=infinity,
         outcome=jnp.asarray(int(Outcome.RUNNING), jnp.int32),
     )
 
@@ -210,7 +212,7 @@ def _init(
 def _step(step: OuterStep, state: BilevelState) -> BilevelState:
     running = state.outcome == Outcome.RUNNING
     # Under `vmap` all lanes step until the last one has stopped.
-    following = jax.lax.cond(
+    following = mesh.cond(
         trees.in_any_lane(running), lambda state: _advance(step, state), lambda state: state, state
     )
     return jax.tree.map(lambda new, old: jnp.where(running, new, old), following, state)
@@ -238,19 +240,20 @@ def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
 
     gradient_norm = trees.norm(result.gradient)
     stationarity = step.stationarity(y, result.gradient)
-    rtol = jnp.nan if engine.accuracy is not None else loop.stopping_rtol(engine.solver, warm.x)
+    rtol = jnp.inf if engine.accuracy is not None else loop.stopping_rtol(engine.solver, warm.x)
     record = entry(result, gradient_norm, stationarity, rtol)
 
-    updates, optimizer = step.update(
-        result.gradient,
-        state.optimizer,
-        y,
-        value=result.value,
-        grad=result.gradient,
-        # Line searches of Optax want it to take what else they are given.
-        value_fn=lambda y, tolerance: value(engine, y, result.warm),
-        tolerance=record.rtol,
-    )
+    with jax.numpy_dtype_promotion("standard"):  # Optax counts on it
+        updates, optimizer = step.update(
+            result.gradient,
+            state.optimizer,
+            y,
+            value=result.value,
+            grad=result.gradient,
+            # Line searches of Optax want it to take what else they are given.
+            value_fn=lambda y, tolerance: value(engine, y, result.warm),
+            tolerance=record.rtol,
+        )
     next_y = optax.apply_updates(y, updates)
     if step.projection is not None:
         next_y = step.projection(next_y)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._failure import OnFailure
 from bilevax._problems import Problem
@@ -113,6 +114,7 @@ class Rule(abc.ABC):
         x = _checked(self, problem, x, y)
         cotangent = trees.as_arrays(cotangent)
         checks.same_structure("cotangent", cotangent, x, argument=True)
+        cotangent = mesh.vary_like(cotangent, x)
         return _pullback(self, problem, x, y, cotangent, guess)
 
     def pushforward(self, problem: Problem, x: PyTree, y: PyTree, tangent: PyTree) -> PyTree:
@@ -212,7 +214,7 @@ def _checked(rule: Rule, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
     checks.is_component("problem", problem, Problem, "minimum(objective)")
     checks.outer_variable(y)
     checks.inner_variable(x)
-    x = trees.as_arrays(x)
+    x = problem.varying(trees.as_arrays(x), y)
     rule.check_values(representative(problem, x)[1], y)
     return x
 

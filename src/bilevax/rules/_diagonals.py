@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._closures import as_partial
 from bilevax._problems import Problem
@@ -47,14 +47,14 @@ class ExactDiagonal(Diagonal):
         checks.positive("batch_size", self.batch_size, whole=True)
 
     def evaluate(self, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
-        flat, unravel = ravel_pytree(x)
+        flat, unravel = trees.ravel(x)
         if flat.size == 0:
             return x
         _, jacobian = problem.linearize(x, y)
 
         def entry(index: jax.Array) -> jax.Array:
             unit = jnp.zeros_like(flat).at[index].set(1)
-            return ravel_pytree(jacobian.matvec(unravel(unit)))[0][index]
+            return trees.ravel(jacobian.matvec(unravel(unit)))[0][index]
 
         batch_size = min(self.batch_size, flat.size)
         return unravel(jax.lax.map(entry, jnp.arange(flat.size), batch_size=batch_size))
@@ -89,13 +89,13 @@ class HutchinsonDiagonal(Diagonal):
         checks.positive("probes", self.probes, whole=True)
 
     def evaluate(self, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
-        flat, unravel = ravel_pytree(x)
+        flat, unravel = trees.ravel(x)
         _, jacobian = problem.linearize(x, y)
         keys = jax.random.split(jax.random.key(self.seed), self.probes)
 
         def probe(key: jax.Array) -> jax.Array:
-            signs = jax.random.rademacher(key, flat.shape, flat.dtype)
-            return signs * ravel_pytree(jacobian.matvec(unravel(signs)))[0]
+            signs = mesh.vary_like(jax.random.rademacher(key, flat.shape, flat.dtype), flat)
+            return signs * trees.ravel(jacobian.matvec(unravel(signs)))[0]
 
         return unravel(jnp.mean(jax.lax.map(probe, keys), axis=0))
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax.tree
-from jax.flatten_util import ravel_pytree
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
@@ -95,8 +94,8 @@ class FixedPointIteration(base.Solver):
         following = optax.tree.sub(x, image)
         slot = steps % self.memory
         history = _History(
-            moves.at[slot].set(ravel_pytree(move)[0]),
-            changes.at[slot].set(ravel_pytree(optax.tree.sub(following, optimality))[0]),
+            moves.at[slot].set(trees.ravel(move)[0]),
+            changes.at[slot].set(trees.ravel(optax.tree.sub(following, optimality))[0]),
             steps + 1,
         )
         return base.Iterate(x, image, norm, history)
@@ -107,11 +106,14 @@ class FixedPointIteration(base.Solver):
         # one, so that a ridge of the size of rounding keeps the small system regular, and rows
         # that are not in use yet (zero) get weight zero. The scaling cancels, and a derivative of a
         # length has no value at zero.
-        flat, unravel = ravel_pytree(optimality)
+        flat, unravel = trees.ravel(optimality)
         damping = jnp.asarray(1 if self.damping is None else self.damping, flat.dtype)
         lengths = jnp.linalg.norm(jax.lax.stop_gradient(changes), axis=1)
         lengths = jax.lax.stop_gradient(jnp.where(lengths > 0, lengths, 1))
         rows = changes / lengths[:, None]
         ridge = 10 * jnp.finfo(flat.dtype).eps * jnp.eye(self.memory, dtype=flat.dtype)
-        gamma = jnp.linalg.solve(rows @ rows.T + ridge, rows @ flat) / lengths
+        # There are no solvers for less than single precision.
+        wide = trees.at_least_single(flat.dtype)
+        system, rhs = (u.astype(wide) for u in (rows @ rows.T + ridge, rows @ flat))
+        gamma = jnp.linalg.solve(system, rhs).astype(flat.dtype) / lengths
         return unravel(-damping * flat - (moves - damping * changes).T @ gamma)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._problems import Minimum, Problem
 from bilevax.solvers._base import Iterate
@@ -135,7 +136,7 @@ def backtrack(
         return trial.stalled & (trials < options.maxiter)
 
     nothing = start._replace(state=first_step, stalled=jnp.ones((), bool))
-    _, trial = jax.lax.while_loop(proceed, search, (jnp.zeros((), jnp.int32), nothing))
+    _, trial = mesh.while_loop(proceed, search, (jnp.zeros((), jnp.int32), nothing))
     back = start._replace(state=trial.state, stalled=trial.stalled)
     return trees.where(trial.stalled, back, trial)
 

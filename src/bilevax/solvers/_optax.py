@@ -124,9 +124,10 @@ class Optax(base.Solver):
                 "value_fn": lambda x: objective(x, y),
             }
         try:
-            updates, optimizer = self.transformation.update(
-                optimality, iterate.state, iterate.x, **extra
-            )
+            with jax.numpy_dtype_promotion("standard"):  # Optax counts on it
+                updates, optimizer = self.transformation.update(
+                    optimality, iterate.state, iterate.x, **extra
+                )
         except TypeError:
             # Which transformations evaluate an objective, only their signatures tell.
             if not extra:

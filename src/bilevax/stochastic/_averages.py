@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax.tree
 
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 
 PyTree = Any
@@ -47,11 +48,11 @@ def average(
     shape = jax.eval_shape(draw, state)[0]
     mean = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), shape)
     spread = jax.tree.map(lambda u: jnp.zeros((), u.dtype), shape)
-    return jax.lax.fori_loop(0, count, add, (Average(mean, spread), state))
+    return mesh.fori_loop(count, add, (Average(mean, spread), state))
 
 
 def squared_error(spread: PyTree, count: jax.Array) -> jax.Array:
-    """Return the estimated square of ||mean - expectation||; NaN for a single sample."""
+    """Return the estimated square of ||mean - expectation||; infinite for a single sample."""
     total = sum(jax.tree.leaves(spread), jnp.zeros((), trees.dtype(spread)))
     pairs = jnp.asarray(count, total.dtype) * jnp.asarray(count - 1, total.dtype)
-    return jnp.where(count > 1, total / jnp.where(count > 1, pairs, 1), jnp.nan)
+    return jnp.where(count > 1, total / jnp.where(count > 1, pairs, 1), jnp.inf)

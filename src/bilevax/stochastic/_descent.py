@@ -11,6 +11,7 @@ import optax
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._closures import as_partial
 from bilevax._status import is_failure
@@ -154,7 +155,8 @@ def _run(
         if growth is not None:
             current, state = _grown(engine, growth, number), state.cold()
         result = current(y, state)
-        updates, next_optimizer = update(result.gradient, optimizer, y)
+        with jax.numpy_dtype_promotion("standard"):  # Optax counts on it
+            updates, next_optimizer = update(result.gradient, optimizer, y)
         next_y = optax.apply_updates(y, updates)
         if projection is not None:
             next_y = projection(next_y)
@@ -170,7 +172,7 @@ def _run(
         return (*following, result.state), history
 
     start = (y, trees.as_arrays(init(y)), state)
-    (y, _, state), history = jax.lax.scan(step, start, jnp.arange(1, steps + 1))
+    (y, _, state), history = mesh.scan(step, start, jnp.arange(1, steps + 1))
     return DescentResult(y, state, history)
 
 
@@ -179,7 +181,8 @@ _COUNTS = ("inner_steps", "adjoint_steps", "samples")
 
 def _grown(engine: StochasticEngine, growth: Any, number: jax.Array) -> StochasticEngine:
     """Return the engine with ceil(growth * number) for all counts."""
-    product = jnp.asarray(growth, jnp.result_type(float)) * number
+    kind = jnp.result_type(float)
+    product = jnp.asarray(growth, kind) * number.astype(kind)
     # A product that is whole but for rounding, as 0.1 * 30 can be, is not rounded up.
     count = jnp.ceil(product * (1 - 4 * jnp.finfo(product.dtype).eps)).astype(jnp.int32)
     return dataclasses.replace(engine, **dict.fromkeys(_COUNTS, count))

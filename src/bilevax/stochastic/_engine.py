@@ -67,7 +67,8 @@ class StochasticEngine:
         inner, outer = jax.random.split(single_key(key))
         outer_state = None if self.outer_sampler is None else self.outer_sampler.init(outer)
         adjoint = optax.tree.zeros_like(x0)
-        return StochasticState(x0, adjoint, self.sampler.init(inner), outer_state, x0)
+        state = StochasticState(x0, adjoint, self.sampler.init(inner), outer_state, x0)
+        return trees.copied(state)
 
     def __call__(self, y: PyTree, state: StochasticState) -> StochasticHypergradient:
         """Return value, hypergradient, next state and report at y."""
@@ -212,6 +213,11 @@ def _evaluate(
     check_numbers(engine)
     inner = parts.Inner(engine.problem, engine.sampler, y)
     inner.check(state.x, state.sampler)
+    varying = {
+        name: inner.varying(getattr(state, name), state.sampler)
+        for name in ("x", "adjoint", "start")
+    }
+    state = state._replace(**varying)
     parts.check_outer(engine.outer, engine.outer_sampler, state.x, y, state.outer_sampler)
     x, inner_residual, sampling = inner.descend(
         state.x, engine.inner_step_size, engine.inner_steps, state.sampler
@@ -228,7 +234,8 @@ def _evaluate(
 
     size = trees.norm(cotangent_x)
     adjoint_residual = residual / jnp.where(size > 0, size, 1)
-    status = _judge(x, state.start, adjoint_residual, (value, adjoint, gradient))
+    measured = jnp.where(engine.adjoint_steps > 0, adjoint_residual, 0)
+    status = _judge(x, state.start, measured, (value, adjoint, gradient))
     variance = squared_error(implicit.spread, engine.samples)
     if engine.outer_sampler is not None:
         variance += squared_error(explicit.spread.y, engine.samples)
@@ -243,7 +250,7 @@ def _evaluate(
 
 def _judge(x: PyTree, start: PyTree, adjoint_residual: jax.Array, others: PyTree) -> jax.Array:
     epsilon = trees.epsilon(x)
-    # The 1 is for a start at zero; a residual that was not measured is NaN and compares false.
+    # The 1 is for a start at zero.
     diverged = trees.norm(x) * epsilon - 1 > trees.norm(start)
     diverged |= adjoint_residual * epsilon > 1
     status = jnp.where(diverged, code(Status.DIVERGED), code(Status.TRUNCATED))

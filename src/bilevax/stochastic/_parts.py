@@ -12,6 +12,7 @@ import optax.tree
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._problems import Problem
 from bilevax.stochastic._averages import Average, average
@@ -33,6 +34,14 @@ class Inner(NamedTuple):
         """Raise if the inner problem does not fit x."""
         batch, _ = jax.eval_shape(self.sampler.next, sampling)
         self.problem.check(x, self.y, batch)
+
+    def varying(self, x: PyTree, sampling: SamplerState) -> PyTree:
+        """Return x as it varies over the devices of a mesh; see `Problem.varying`."""
+
+        def value(x: PyTree) -> PyTree:
+            return self.problem.function(x, self.y, self.sampler.next(sampling)[0])
+
+        return mesh.vary_with(x, value)
 
     def descend(
         self, x: PyTree, step_size: Any, steps: Any, sampling: SamplerState
@@ -88,8 +97,8 @@ class Inner(NamedTuple):
             u = trees.add_scaled(u, -jnp.asarray(size_of(step_size, index)), downhill)
             return u, trees.norm(downhill), sampling
 
-        unmeasured = jnp.full((), jnp.nan, trees.dtype(u))
-        return jax.lax.fori_loop(0, steps, step, (u, unmeasured, sampling))
+        unmeasured = jnp.full((), jnp.inf, trees.dtype(u))
+        return mesh.fori_loop(steps, step, (u, unmeasured, sampling))
 
 
 class OuterTerms(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax.tree
 
+from bilevax import _trees as trees
 from bilevax.stochastic._sampling import SamplerState
 
 PyTree = Any
@@ -30,7 +31,8 @@ class StochasticState(NamedTuple):
 
     def cold(self) -> "StochasticState":
         """Return a cold start, x0 and zero for the adjoint; the samplers go on from here."""
-        return self._replace(x=self.start, adjoint=optax.tree.zeros_like(self.start))
+        cold = trees.copied((self.start, optax.tree.zeros_like(self.start)))
+        return self._replace(x=cold[0], adjoint=cold[1])
 
 
 class StochasticReport(NamedTuple):
@@ -42,13 +44,14 @@ class StochasticReport(NamedTuple):
       status: a `Status` code, int32. TRUNCATED, for all steps are taken; DIVERGED where ||x|| has
         grown from the cold start by 1 / eps, or the adjoint residual is above 1 / eps; NONFINITE,
         also where steps that are too long have led out of range.
-      inner_residual: ||F(x, y; batch)|| before the last inner step; NaN without inner steps.
-      adjoint_residual: ||F_1(x, y; batch)^T v - g_1|| / ||g_1|| before the last adjoint step; NaN
-        without adjoint steps.
+      inner_residual: ||F(x, y; batch)|| before the last inner step; infinite without inner
+        steps.
+      adjoint_residual: ||F_1(x, y; batch)^T v - g_1|| / ||g_1|| before the last adjoint step;
+        infinite without adjoint steps.
       standard_error: of the gradient at this x and v, its norm, as estimated from the scatter of
         the samples in the last averages: those of F_2^T v and, with an outer sampler, of g_2. What
         x and v are off by is not in it, nor what v owes to the scatter of g_1: where y enters by a
-        penalty alone, which has no batches, it is zero. NaN for `samples=1`.
+        penalty alone, which has no batches, it is zero. Infinite for `samples=1`.
     """
 
     status: jax.Array

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax.stochastic._source import Source, source_of
 
@@ -95,16 +96,14 @@ class StoredSampler(Sampler):
                 f"`batch_size` must be at most the number of examples in `data`, {count}; "
                 f"got {self.batch_size}."
             )
-        return SamplerState(self.start(single_key(key), count), self.source)
+        return trees.copied(SamplerState(self.start(single_key(key), count), self.source))
 
     def next(self, state: SamplerState) -> tuple[PyTree, SamplerState]:
         self.check(state)
         indices, content = self.draw(state.content, _count_examples(self.data))
 
-        def take(leaf: Any) -> jax.Array:
-            return jnp.asarray(leaf).at[indices].get(mode="promise_in_bounds")
-
-        return jax.tree.map(take, self.data), dataclasses.replace(state, content=content)
+        batch = jax.tree.map(lambda leaf: mesh.take(jnp.asarray(leaf), indices), self.data)
+        return batch, dataclasses.replace(state, content=content)
 
     @abc.abstractmethod
     def start(self, key: jax.Array, count: int) -> PyTree:
@@ -122,13 +121,13 @@ class _Epoch(NamedTuple):
 
 
 # Functions of the module, which a Python loop over batches does not compile anew every time.
-def _shuffled(epoch: _Epoch) -> _Epoch:
+def _shuffled_where(is_over: jax.Array, epoch: _Epoch) -> _Epoch:
     key, subkey = jax.random.split(epoch.key)
     order = jax.random.permutation(subkey, epoch.order)
-    return _Epoch(key, order, jnp.zeros_like(epoch.batches))
+    return trees.where(is_over, _Epoch(key, order, jnp.zeros_like(epoch.batches)), epoch)
 
 
-def _unchanged(epoch: _Epoch) -> _Epoch:
+def _unchanged(is_over: jax.Array, epoch: _Epoch) -> _Epoch:
     return epoch
 
 
@@ -169,7 +168,9 @@ class EpochSampler(StoredSampler):
 
     def draw(self, content: _Epoch, count: int) -> tuple[jax.Array, _Epoch]:
         is_over = content.batches >= count // self.batch_size
-        content = jax.lax.cond(is_over, _shuffled, _unchanged, content)
+        # Under `vmap`, a condition of its own in each lane would shuffle them all in every draw.
+        any_is_over = trees.in_any_lane(is_over)
+        content = mesh.cond(any_is_over, _shuffled_where, _unchanged, is_over, content)
         first = content.batches * self.batch_size
         indices = jax.lax.dynamic_slice(content.order, (first,), (self.batch_size,))
         return indices, content._replace(batches=content.batches + 1)
@@ -239,7 +240,7 @@ def _draw_distinct(key: jax.Array, size: int, count: int) -> jax.Array:
         return key, indices, jnp.zeros(size, bool).at[order].set(follows_its_equal)
 
     start = (key, jnp.zeros(size, int), jnp.ones(size, bool))
-    return jax.lax.while_loop(lambda carry: jnp.any(carry[2]), redraw, start)[1]
+    return mesh.while_loop(lambda carry: jnp.any(carry[2]), redraw, start)[1]
 
 
 def single_key(key: Any) -> jax.Array:
