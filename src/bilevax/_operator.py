@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax.tree
@@ -13,9 +13,7 @@ from bilevax import _trees as trees
 PyTree = Any
 
 
-@trees.register
-@dataclasses.dataclass(frozen=True)
-class Scaling:
+class Scaling(NamedTuple):
     """Positive numbers that make the rows and columns of A comparable: those of R A C.
 
     Attributes:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax.tree
 
 from bilevax import _mesh as mesh
 from bilevax import _trees as trees
@@ -30,11 +29,10 @@ def scaled(problem: Problem, x: PyTree, y: PyTree) -> Problem:
 
     Rows R and columns C are found from products with vectors of random signs alone: the size of a
     row is that of its entry in the product. Both are divided by the roots of sizes until these are
-    equal, and R = C up to a number where F_1 is symmetric. So whoever solves, stops and judges by
-    R A C does so in any units of x and F. Numbers are powers of two, and rounding does not change.
+    equal, and R = C where F_1 is symmetric. So whoever solves, stops and judges by R F_1 C does so
+    in any units of x and F. Numbers are powers of two, and rounding does not change.
 
-    Where sizes are comparable from the start, R and C are one: that costs three products. ||R F||
-    is as large as ||F|| at (x, y), within a factor of two.
+    Where sizes are comparable from the start, R and C are one: that costs three products.
 
     Source:
       A. M. Bradley, "Algorithms for the Equilibration of Matrices and Their Application to
@@ -61,15 +59,9 @@ def without_scaling(problem: Problem) -> Problem:
     return dataclasses.replace(problem, scaling=None)
 
 
-class _State(NamedTuple):
-    rows: jax.Array
-    columns: jax.Array
-    spread: jax.Array  # of the sizes, before the last round
-    rounds: jax.Array
-
-
 def _find(problem: Problem, x: PyTree, y: PyTree) -> Scaling:
-    optimality, jacobian = problem.linearize(x, y)
+    _, jacobian = problem.linearize(x, y)
+    symmetric = jacobian.structure.is_symmetric
     flat, unravel_leaves = trees.ravel(x)
     ones = jnp.ones(flat.shape, jnp.promote_types(flat.dtype, jnp.float32))  # room for squares
     probes = trees.signs(_PROBES, ones)
@@ -83,43 +75,42 @@ def _find(problem: Problem, x: PyTree, y: PyTree) -> Scaling:
 
         return jnp.sqrt(jnp.mean(jax.vmap(product)(probes) ** 2, axis=0))
 
+    # Rows, and columns after them where they are not the same.
+    def measure(scales: jax.Array) -> jax.Array:
+        if symmetric:
+            return sizes(jacobian, scales, scales)
+        rows, columns = jnp.split(scales, 2)
+        of_columns = sizes(jacobian.transpose, columns, rows)
+        return jnp.concatenate([sizes(jacobian, rows, columns), of_columns])
+
     def improve(state: _State) -> _State:
-        rows, columns, _, rounds = state
-        of_rows = of_columns = sizes(jacobian, rows, columns)
-        if not jacobian.structure.is_symmetric:
-            of_columns = sizes(jacobian.transpose, columns, rows)
-        spread = jnp.maximum(_spread(of_rows), _spread(of_columns))
-        changes = (rounds > 0) | (spread > _COMPARABLE)
-        following = rows / _root(of_rows), columns / _root(of_columns)
-        rows, columns = trees.where(changes, following, (rows, columns))
-        return _State(rows, columns, jnp.where(changes, spread, 1), rounds + 1)
+        found = measure(state.scales)
+        usable = (found > 0) & jnp.isfinite(found)
+        spread = jnp.max(found) / jnp.min(jnp.where(usable, found, jnp.inf))
+        changes = (state.rounds > 0) | (spread > _COMPARABLE)
+        factor = jnp.where(usable & changes, jax.lax.rsqrt(found), 1)
+        return _State(state.scales * factor, jnp.where(changes, spread, 1), state.rounds + 1)
 
     def proceed(state: _State) -> jax.Array:
         return (state.spread > _EQUAL) & (state.rounds < _MAX_ROUNDS)
 
-    rows = columns = ones
+    scales = ones if symmetric else jnp.concatenate([ones, ones])
     if problem.scaling is not None:
-        known = problem.scaling.rows, problem.scaling.columns
-        rows, columns = (trees.ravel(diagonal)[0].astype(ones.dtype) for diagonal in known)
-    start = _State(rows, columns, jnp.full((), jnp.inf, ones.dtype), jnp.zeros((), jnp.int32))
-    end = mesh.while_loop(proceed, improve, start)
-    rows, columns = unravel(_power_of_two(end.rows)), unravel(_power_of_two(end.columns))
-    size = trees.scaled_norm(optax.tree.mul(rows, optimality))
-    unit = trees.scaled_norm(optimality) / jnp.where(size > 0, size, 1)
-    return Scaling(trees.scale(_power_of_two(unit), rows), columns)
+        known = [problem.scaling.columns] if symmetric else list(problem.scaling)
+        scales = jnp.concatenate([trees.ravel(part)[0].astype(ones.dtype) for part in known])
+    start = _State(scales, jnp.full((), jnp.inf, ones.dtype), jnp.zeros((), jnp.int32))
+    scales = _power_of_two(mesh.while_loop(proceed, improve, start).scales)
+    rows, columns = (scales, scales) if symmetric else jnp.split(scales, 2)
+    return Scaling(unravel(rows), unravel(columns))
 
 
-def _spread(sizes: jax.Array) -> jax.Array:
-    """Return the largest over the smallest size that is not zero."""
-    return jnp.max(sizes) / jnp.min(jnp.where(sizes > 0, sizes, jnp.inf))
-
-
-def _root(sizes: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.where((sizes > 0) & jnp.isfinite(sizes), sizes, 1))
+class _State(NamedTuple):
+    scales: jax.Array
+    spread: jax.Array  # of the sizes, before the last round
+    rounds: jax.Array
 
 
 def _power_of_two(numbers: jax.Array) -> jax.Array:
-    """Return the nearest powers of two; 1 for what has none."""
-    usable = (numbers > 0) & jnp.isfinite(numbers)
-    exponent = jnp.round(jnp.log2(jnp.where(usable, numbers, 1))).astype(jnp.int32)
+    """Return the nearest powers of two."""
+    exponent = jnp.round(jnp.log2(numbers)).astype(jnp.int32)
     return jnp.ldexp(jnp.ones_like(numbers), exponent)
