@@ -46,6 +46,7 @@ HANDED_OUT = {
     "EfficiencyConstant",
     "Engine",
     "Hypergradient",
+    "HypergradientBound",
     "HypergradientReport",
     "Iterate",
     "LinearOperator",

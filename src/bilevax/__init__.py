@@ -46,10 +46,13 @@ from bilevax._solution_map import solution_map as solution_map
 from bilevax._status import Status as Status
 from bilevax.certificates import AbsoluteAccuracy as AbsoluteAccuracy
 from bilevax.certificates import Accuracy as Accuracy
+from bilevax.certificates import BoundConstants as BoundConstants
 from bilevax.certificates import Certificate as Certificate
 from bilevax.certificates import EfficiencyConstant as EfficiencyConstant
+from bilevax.certificates import HypergradientBound as HypergradientBound
 from bilevax.certificates import RelativeAccuracy as RelativeAccuracy
 from bilevax.certificates import efficiency_constant as efficiency_constant
+from bilevax.certificates import hypergradient_bound as hypergradient_bound
 from bilevax.certificates import hypergradient_error as hypergradient_error
 from bilevax.diagnostics import HypergradientCheck as HypergradientCheck
 from bilevax.diagnostics import RuleTable as RuleTable

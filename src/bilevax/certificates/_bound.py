@@ -1,0 +1,370 @@
+"""Proven bounds of the error of a hypergradient, and of the value, from known constants."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax.tree
+from jax.tree_util import Partial
+
+from bilevax import _checks as checks
+from bilevax import _trees as trees
+from bilevax._closures import as_partial
+from bilevax._estimator import checked_point
+from bilevax._problems import Problem
+from bilevax.certificates import _glm as glm
+from bilevax.rules import Implicit, Rule
+
+PyTree = Any
+
+
+@trees.register
+@dataclasses.dataclass(frozen=True)
+class BoundConstants:
+    """What is known of a problem whose F is strongly monotone in x, as the gradient of a strongly
+    convex f is.
+
+    The strong convexity makes the norms: with mu per entry of x, or one for all,
+
+        ||u||^2 = sum mu u^2  of what is like x or v,      ||w||_*^2 = sum w^2 / mu  of F, g_1,
+
+    and the norm of what is like y is Euclidean. In units of their own for every entry, mu and the
+    other constants change so that nothing else does. All constants hold for y as it is, and for x
+    in a ball of `radius`, in that norm, about the point that is judged.
+
+    Args:
+      strong_convexity: mu, with <F(a) - F(b), a - b> >= ||a - b||^2; a positive number, or a pytree
+        like x.
+      jacobian: Lipschitz constant of F_1: ||(F_1(a) - F_1(b))^T v||_* <= jacobian ||a - b|| ||v||.
+        Zero where F is affine in x.
+      mixed: ||F_2(x)^T v|| <= mixed ||v|| at the point itself.
+      mixed_change: Lipschitz constant of F_2: ||(F_2(a) - F_2(b))^T v|| <= mixed_change ||a - b||
+        ||v||.
+      outer_x: Lipschitz constant of g_1: ||g_1(a) - g_1(b)||_* <= outer_x ||a - b||.
+      outer_y: Lipschitz constant of g_2: ||g_2(a) - g_2(b)|| <= outer_y ||a - b||. Zero where g
+        is a loss of x plus a prior of y.
+      smoothness: ||F_1 v||_* <= smoothness ||v||. This and the next three are for rounding alone:
+        they bound sums of *absolute* terms, as Frobenius norms do and eigenvalues need not.
+      optimality_terms: ||.||_* of the absolute terms that add up to F(x).
+      outer_terms: ||.||_* of those that add up to g_1(x).
+      roundings: how many roundings a number goes through, one by one: the lengths of all sums on
+        the way to an entry of F, g or a derivative, added.
+      radius: of the ball; a bound that needs a larger one is infinite.
+
+    Raises:
+      ValueError: if `strong_convexity` is a number that is not positive, or another one negative.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import bilevax as bx
+      >>> train = validation = jnp.eye(2), jnp.array([1.0, 2.0])
+      >>> constants = bx.BoundConstants.ridge(train, validation)
+      >>> log_penalties = jnp.log(jnp.array([0.5, 2.0]))
+      >>> at = constants(jnp.array([1.0, 2.0]), log_penalties)
+      >>> [round(float(mu), 3) for mu in at.strong_convexity], float(at.jacobian)
+      ([0.5, 2.0], 0.0)
+    """
+
+    strong_convexity: Any
+    jacobian: Any
+    mixed: Any
+    mixed_change: Any
+    outer_x: Any
+    outer_y: Any
+    smoothness: Any
+    optimality_terms: Any
+    outer_terms: Any
+    roundings: Any
+    radius: Any = jnp.inf
+
+    def __post_init__(self) -> None:
+        checks.positive("strong_convexity", self.strong_convexity)
+        for field in dataclasses.fields(self)[1:]:
+            checks.not_negative(field.name, getattr(self, field.name))
+
+    @staticmethod
+    def ridge(train: Any, validation: Any) -> Partial:
+        """Return the constants of ridge regression, tuned on validation rows.
+
+            f(x, y) = mean((A x - b)^2) / 2 + sum(exp(y) x^2) / 2
+            g(x, y) = mean((C x - d)^2) / 2 + any function of y
+
+        y is an array that broadcasts against x: one log-penalty for all, or one for each entry.
+
+        Args:
+          train: the pair (A, b).
+          validation: the pair (C, d).
+
+        Returns:
+          A function of (x, y) for `hypergradient_bound` and `maid`.
+
+        Raises:
+          TypeError: if A and C are no matrices with as many columns.
+        """
+        return _of_glm(train, validation, Partial(glm.squares))
+
+    @staticmethod
+    def logistic(train: Any, validation: Any) -> Partial:
+        """Return the constants of logistic regression with labels of -1 and 1.
+
+            f(x, y) = mean(log(1 + exp(-b (A x)))) + sum(exp(y) x^2) / 2
+            g(x, y) = mean(log(1 + exp(-d (C x)))) + any function of y
+
+        For arguments, returns and raises see `ridge`.
+        """
+        return _of_glm(train, validation, Partial(glm.logistic))
+
+    @staticmethod
+    def poisson(train: Any, validation: Any) -> Partial:
+        """Return the constants of Poisson regression, on a ball about the point.
+
+            f(x, y) = mean(exp(A x) - b (A x)) + sum(exp(y) x^2) / 2
+            g(x, y) = mean(exp(C x) - d (C x)) + any function of y
+
+        There are none that hold everywhere. The ball has twice the radius that contains x*, and
+        far away from x* the bounds are as large as exp makes them. For arguments, returns and
+        raises see `ridge`.
+        """
+        return _of_glm(train, validation, Partial(glm.poisson))
+
+
+class HypergradientBound(NamedTuple):
+    """What is proven of a hypergradient Omega(x, y) and a value; infinite where nothing is.
+
+    Attributes:
+      absolute: ||Omega - dh/dy|| is at most this, in the unit of the hypergradient.
+      inner: the part of it that the inexact x causes.
+      adjoint: the part of the inexact adjoint v.
+      rounding: the part of rounding.
+      distance: ||x - x*|| is at most this, in the norm of `BoundConstants`.
+      value: |g(x, y) - h(y)| is at most this.
+      corrected_value: g(x, y) - <v, F(x, y)>, whose error is of second order.
+      corrected: |corrected_value - h(y)| is at most this.
+    """
+
+    absolute: jax.Array
+    inner: jax.Array
+    adjoint: jax.Array
+    rounding: jax.Array
+    distance: jax.Array
+    value: jax.Array
+    corrected_value: jax.Array
+    corrected: jax.Array
+
+
+def hypergradient_bound(
+    outer: Callable[[PyTree, PyTree], jax.Array],
+    problem: Problem,
+    rule: Rule,
+    x: PyTree,
+    y: PyTree,
+    constants: BoundConstants | Callable[[PyTree, PyTree], BoundConstants],
+    *,
+    adjoint: PyTree | None = None,
+) -> HypergradientBound:
+    """Bound the error of a rule's hypergradient at (x, y), without knowing x*: a proof.
+
+        ||Omega(x, y) - dh/dy||  <=  a e + b (||r||_* + (c + d ||v||) e),   e = ||F(x, y)||_*
+
+    with r = g_1 - F_1^T v, a = `outer_y` + `mixed_change` ||v||, b = `mixed` + `mixed_change` e,
+    c = `outer_x`, d = `jacobian`, plus what rounding adds; see `BoundConstants` for the norms. It
+    is never below the true error, but looser than the estimate of `hypergradient_error`, the more
+    so the worse the problem is conditioned. It costs one evaluation of F and one product with F_1,
+    besides the rule itself.
+
+    Args:
+      outer: g, a function of (x, y) that returns a real scalar.
+      problem: the inner problem; F must be strongly monotone in x.
+      rule: whose hypergradient is judged. One that is not -F_2^T v with F_1^T v near g_1, as a
+        `Reparameterized` one, is compared with one that is, which takes an adjoint solve.
+      x: the inexact inner solution, before any correction, a pytree of floating arrays.
+      y: the outer variable.
+      constants: a `BoundConstants`, or a function of (x, y) that returns those of a point, such as
+        `BoundConstants.ridge(train, validation)`.
+      adjoint: a first guess of v, from a `RuleReport` or a `WarmStart`.
+
+    Returns:
+      A `HypergradientBound`.
+
+    Raises:
+      TypeError: if `outer` does not return a scalar, the problem does not fit x, y has no floating
+        entries, or `constants` is neither of the two.
+
+    Example:
+      >>> import bilevax as bx
+      >>> problem = bx.minimum(lambda x, y: 0.5 * y * x**2 - x)  # x*(y) = 1 / y
+      >>> outer = lambda x, y: x**2  # so dh/dy = -2 / y^3, and Omega(x, y) = -2 x^2 / y
+      >>> constants = bx.BoundConstants(  # at y = 2, where F = 2 x - 1, F_1 = 2, F_2 = x
+      ...     strong_convexity=2.0,
+      ...     jacobian=0.0,
+      ...     mixed=0.6 / 2**0.5,
+      ...     mixed_change=0.5,
+      ...     outer_x=1.0,
+      ...     outer_y=0.0,
+      ...     smoothness=1.0,
+      ...     optimality_terms=2.0,
+      ...     outer_terms=1.0,
+      ...     roundings=3,
+      ... )
+      >>> bound = bx.hypergradient_bound(outer, problem, bx.Implicit(), 0.6, 2.0, constants)
+      >>> true = abs(-2 * 0.6**2 / 2.0 + 0.25)
+      >>> round(true, 6), round(float(bound.absolute), 6)
+      (0.11, 0.13)
+
+    Source:
+      M. J. Ehrhardt, L. Roberts, "Analyzing Inexact Hypergradients for Bilevel Learning", 2024.
+    """
+    function, x, y = checked_point(outer, problem, rule, x, y)
+    constants = checked_constants(constants)
+    if adjoint is not None and trees.dimension(trees.as_arrays(adjoint)) != trees.dimension(x):
+        raise TypeError(
+            f"`adjoint` must have as many entries as `x`, {trees.dimension(x)}; "
+            f"got {checks.describe(adjoint)}."
+        )
+    return _hypergradient_bound(function, problem, rule, x, y, constants, adjoint)
+
+
+def checked_constants(constants: Any) -> BoundConstants | Partial:
+    """Return constants, or the function that makes them; raise if they are neither."""
+    if isinstance(constants, BoundConstants):
+        return constants
+    if not callable(constants) or isinstance(constants, type):
+        checks.is_component(
+            "constants", constants, BoundConstants, "BoundConstants.ridge(train, validation)"
+        )
+    return as_partial("constants", constants)
+
+
+@jax.jit
+def _hypergradient_bound(
+    outer: Partial,
+    problem: Problem,
+    rule: Rule,
+    x: PyTree,
+    y: PyTree,
+    constants: BoundConstants | Partial,
+    adjoint: PyTree | None,
+) -> HypergradientBound:
+    x, _ = rule.refine(problem, x, y)
+    slope_x, slope_y = jax.grad(outer, argnums=(0, 1), allow_int=True)(x, y)
+    pulled, report = rule.pullback(problem, x, y, slope_x, guess=adjoint)
+    gradient = trees.add_cotangents(slope_y, pulled)
+    if trees.dimension(report.adjoint) != trees.dimension(x) or not isinstance(rule, Implicit):
+        # The adjoint of another rule may be that of another system.
+        solve = Implicit(rule.linear_solver)
+        _, report = solve.pullback(problem, x, y, slope_x, guess=report.adjoint)
+    return bound(outer, problem, x, y, gradient, report.adjoint, constants)
+
+
+def bound(
+    outer: Callable[..., jax.Array],
+    problem: Problem,
+    x: PyTree,
+    y: PyTree,
+    gradient: PyTree,
+    v: PyTree,
+    constants: BoundConstants | Partial,
+) -> HypergradientBound:
+    """Bound the errors of a gradient and of g at x, by means of any adjoint v; inside one trace.
+
+    The gradient need not be g_2 - F_2^T v: how far it is from that is in the bound.
+    """
+    known = constants if isinstance(constants, BoundConstants) else constants(x, y)
+    checks.is_component("constants(x, y)", known, BoundConstants, "BoundConstants(...)")
+    dtype = trees.dtype(x)
+
+    def metric_norm(u: PyTree) -> jax.Array:  # ||u||
+        return trees.scaled_norm(_weigh(u, known.strong_convexity, jnp.multiply))
+
+    def dual_norm(w: PyTree) -> jax.Array:  # ||w||_*
+        return trees.scaled_norm(_weigh(w, known.strong_convexity, jnp.divide))
+
+    # In these norms F is strongly monotone with the constant 1: <F(a) - F(b), a - b> >= ||a - b||^2
+    # and <w, u> <= ||w||_* ||u||, so that ||x - x*|| <= ||F(x) - F(x*)||_* = ||F(x)||_*, and
+    # ||u|| <= ||F_1^T u||_*. With e = `distance` >= ||x - x*|| and r = g_1(x) - F_1(x)^T v:
+    #
+    #   F_1(x*)^T (v - v*) = (F_1(x*) - F_1(x))^T v - r + g_1(x) - g_1(x*)
+    #   ||v - v*|| <= jacobian e ||v|| + ||r||_* + outer_x e
+    #
+    #   (g_2 - F_2^T v)(x) - dh/dy = g_2(x) - g_2(x*) - (F_2(x) - F_2(x*))^T v - F_2(x*)^T (v - v*)
+    #   ||.|| <= outer_y e + mixed_change e ||v|| + (mixed + mixed_change e) ||v - v*||
+    #
+    # The value: g(x*) = g(x) - <g_1, x - x*> + s, and 0 = F(x) - F_1 (x - x*) + t by Taylor, with
+    # |s| <= outer_x e^2 / 2 and ||t||_* <= jacobian e^2 / 2; g_1 = F_1^T v + r gives
+    #
+    #   h(y) - (g(x) - <v, F(x)>) = <v, t'> - <r, x - x*> + s,   ||t'||_* <= jacobian e^2 / 2.
+    #
+    # Rounding: a number that goes through k roundings, each of relative size eps / 2 of the terms
+    # so far, is off by less than k eps times the sum of its absolute terms.
+    rounding = (jnp.asarray(known.roundings, dtype) + 10) * trees.epsilon((x, v))
+    optimality, pull = jax.vjp(lambda x: problem.optimality(x, y), x)
+    value, slopes = jax.value_and_grad(outer, argnums=(0, 1), allow_int=True)(x, y)
+    slope_x, slope_y = slopes
+    residual = optax.tree.sub(slope_x, pull(v)[0])
+    own = trees.difference(slope_y, problem.pull_outer(x, y, v)[1])
+    moved = trees.scaled_norm(trees.floating(trees.difference(gradient, own)))
+    size_v = metric_norm(v)
+
+    distance = dual_norm(optimality) + rounding * known.optimality_terms
+    left = dual_norm(residual)
+    lost = rounding * (known.smoothness * size_v + known.outer_terms)  # of r by rounding
+    mixed = known.mixed + known.mixed_change * distance
+    from_x = known.outer_y + known.mixed_change * size_v
+    from_x = from_x + mixed * (known.jacobian * size_v + known.outer_x)
+    inner, adjoint = from_x * distance, mixed * left
+    terms = trees.scaled_norm(trees.floating(slope_y)) + known.mixed * size_v
+    rounded = rounding * terms + mixed * lost
+    widened = 1 + rounding  # for what happens to the bound itself
+
+    size_x = metric_norm(x)
+    curvature = (known.jacobian * size_v + known.outer_x) / 2 * distance**2
+    step = trees.inner(v, optimality)
+    value_terms = jnp.abs(value) + size_x * (2 * known.outer_terms + known.outer_x * size_x)
+    corrected = curvature + (left + lost) * distance + rounding * value_terms
+    corrected = corrected + rounding * size_v * (known.optimality_terms + distance)
+
+    beyond = ~(distance <= known.radius)
+
+    def proven(number: jax.Array) -> jax.Array:
+        known_number = jnp.where(jnp.isnan(number) | beyond, jnp.inf, widened * number)
+        return known_number.astype(dtype)
+
+    return HypergradientBound(
+        absolute=proven(inner + adjoint + rounded + moved),
+        inner=proven(inner),
+        adjoint=proven(adjoint + moved),
+        rounding=proven(rounded),
+        distance=proven(distance),
+        value=proven(jnp.abs(step) + corrected),
+        corrected_value=(value - step).astype(value.dtype),
+        corrected=proven(corrected),
+    )
+
+
+def _weigh(u: PyTree, convexity: Any, how: Callable[..., jax.Array]) -> PyTree:
+    """Return u with every entry multiplied or divided by the root of its strong convexity."""
+
+    def one(leaf: jax.Array, mu: Any) -> jax.Array:
+        return how(leaf, jnp.sqrt(jnp.asarray(mu, leaf.dtype)))
+
+    if jax.tree.structure(convexity) == jax.tree.structure(u):
+        return jax.tree.map(one, u, convexity)
+    return jax.tree.map(lambda leaf: one(leaf, convexity), u)
+
+
+def _of_glm(train: Any, validation: Any, loss: Partial) -> Partial:
+    train, validation = glm.checked("train", train), glm.checked("validation", validation)
+    if train[0].shape[1] != validation[0].shape[1]:
+        raise TypeError(
+            "`train` and `validation` must have as many columns, "
+            f"got {train[0].shape[1]} and {validation[0].shape[1]}."
+        )
+    return Partial(_glm_constants, train, validation, loss)
+
+
+def _glm_constants(
+    train: Any, validation: Any, loss: Partial, x: jax.Array, y: jax.Array
+) -> BoundConstants:
+    return BoundConstants(**glm.constants(train, validation, loss, x, y))
