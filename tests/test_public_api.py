@@ -51,6 +51,7 @@ HANDED_OUT = {
     "Iterate",
     "LinearOperator",
     "LinearReport",
+    "MaidStep",
     "Milestone",
     "MinimizeResult",
     "OuterStep",

@@ -83,6 +83,7 @@ from bilevax.outer import Constant as Constant
 from bilevax.outer import Geometric as Geometric
 from bilevax.outer import Harmonic as Harmonic
 from bilevax.outer import Logarithmic as Logarithmic
+from bilevax.outer import MaidStep as MaidStep
 from bilevax.outer import Milestone as Milestone
 from bilevax.outer import MinimizeResult as MinimizeResult
 from bilevax.outer import OpenCheckpoints as OpenCheckpoints
@@ -92,6 +93,7 @@ from bilevax.outer import Schedule as Schedule
 from bilevax.outer import ScipyObjective as ScipyObjective
 from bilevax.outer import Seconds as Seconds
 from bilevax.outer import hoag as hoag
+from bilevax.outer import maid as maid
 from bilevax.outer import make_step as make_step
 from bilevax.outer import minimize as minimize
 from bilevax.outer import scipy_objective as scipy_objective
