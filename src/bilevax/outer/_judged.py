@@ -95,6 +95,7 @@ def by_reference(engine: Engine, y: PyTree, result: Hypergradient) -> Judged:
     after = value - trees.inner(adjoint, left)
     rounding = 10 * trees.epsilon(x)
     noise = jnp.abs(value) + trees.norm(adjoint) * problem.terms_norm(newton, y)
+    terms = trees.norm(slope_y) + trees.norm(trees.difference(slope_y, gradient))
     # <step, F> = F^T F_1^{-1} F at x, a size that knows no units; a Newton step takes it away.
     decrement = jnp.abs(trees.inner(step, optimality))
     contraction = jnp.abs(trees.inner(step, left)) / jnp.where(decrement > 0, decrement, 1)
@@ -109,7 +110,7 @@ def by_reference(engine: Engine, y: PyTree, result: Hypergradient) -> Judged:
         after.astype(result.value.dtype),
         known(jnp.abs(before - after) + rounding * noise).astype(result.value.dtype),
         gradient,
-        known(_LEFT * trees.norm(moved)),
+        known(_LEFT * trees.norm(moved) + rounding * terms),
         known(_LEFT * trees.norm(trees.difference(moved, by_adjoint))),
         known(_LEFT * trees.norm(by_adjoint)),
         newton,

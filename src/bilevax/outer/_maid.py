@@ -64,7 +64,6 @@ class _Search(NamedTuple):
     at: Judged  # there
     pairs: Pairs
     direction: jax.Array
-    slope: jax.Array  # <gradient, direction>, below zero
     step_size: jax.Array
     longest: jax.Array  # that the next trial may be
     rejections: jax.Array
@@ -192,9 +191,7 @@ def _init(step: MaidStep, y: PyTree, warm: Any, key: jax.Array, history: int) ->
     zero, number = jnp.zeros((), flat.dtype), jnp.zeros((), dtype)
     nowhere = Judged(infinity, infinity, y, zero, zero, zero, warm.x, warm.adjoint, none)
     longest = jnp.asarray(step.first_step, flat.dtype)
-    search = _Search(
-        y, nowhere, no_pairs(flat), flat, zero, zero, longest, none, none, none == 0, none
-    )
+    search = _Search(y, nowhere, no_pairs(flat), flat, zero, longest, none, none, none == 0, none)
     tolerance = number + _FIRST
     return BilevelState(
         y=y,
@@ -251,7 +248,7 @@ def _advance(step: MaidStep, state: BilevelState) -> BilevelState:
     verdict = _judge(search, y, found, usable, is_unsolved(result.report.inner.status))
     following = trees.where(
         verdict.is_bad,
-        _shorten(search, found),
+        _shorten(search, y, found),
         trees.where(
             verdict.is_new,
             _begin(step, search, y, found, verdict.is_accepted),
@@ -263,7 +260,8 @@ def _advance(step: MaidStep, state: BilevelState) -> BilevelState:
         verdict.is_new | is_again, (found.x, found.v), (following.at.x, following.at.v)
     )
     # The value need tell no more than the next step, and this one where that is in doubt.
-    goal = -_VALUE_SHARE / 2 * following.step_size * following.slope
+    trial = _trial(step, following)
+    goal = _VALUE_SHARE / 2 * _promise(following, trial).astype(record.value.dtype)
     missing = jnp.abs(found.value - search.at.value) / 4
     goal = jnp.where(verdict.is_new, goal, jnp.clip(missing, goal / 10, goal))
     order = engine.rule.order  # type: ignore[union-attr]
@@ -289,7 +287,7 @@ def _advance(step: MaidStep, state: BilevelState) -> BilevelState:
     index = state.step % state.history.value.shape[0]
     reached = Best(found.value, y, found.x, state.step)
     kept = state._replace(
-        y=trees.where(following.is_base, following.y, _trial(step, following)),
+        y=trees.where(following.is_base, following.y, trial),
         optimizer=following,
         warm=state.warm._replace(x=near[0], adjoint=near[1]),
         schedule=tolerances,
@@ -320,9 +318,7 @@ def _judge(
     search: _Search, y: PyTree, found: Judged, usable: jax.Array, unsolved: jax.Array
 ) -> _Verdict:
     """Tell what the values prove."""
-    moved = ravel_pytree(trees.difference(search.y, y))[0]
-    slope = ravel_pytree(search.at.gradient)[0]
-    allowed = search.at.value - _SUFFICIENT * (slope @ moved).astype(found.value.dtype)
+    allowed = search.at.value - _SUFFICIENT * _promise(search, y).astype(found.value.dtype)
     low, high = found.value - found.value_error, found.value + found.value_error
     is_good = usable & (high <= allowed - search.at.value_error) & ~search.is_base
     hopeless = unsolved | (search.doubts >= _DOUBTS)
@@ -331,9 +327,18 @@ def _judge(
     return _Verdict(is_good | search.is_base, is_good, is_bad)
 
 
+def _promise(search: _Search, y: PyTree) -> jax.Array:
+    """Return the decrease from the base to y that the gradient promises."""
+    return trees.inner(search.at.gradient, trees.difference(search.y, y))
+
+
 def _trial(step: MaidStep, search: _Search) -> PyTree:
-    flat, unravel = ravel_pytree(search.y)
-    return _project(step, unravel(flat + search.step_size * search.direction))
+    return _project(step, _add(search.y, search.step_size * search.direction))
+
+
+def _add(y: PyTree, move: jax.Array) -> PyTree:
+    flat, unravel = ravel_pytree(y)
+    return unravel(flat + move)
 
 
 def _begin(step: MaidStep, search: _Search, base: PyTree, found: Judged, accepted: Any) -> _Search:
@@ -346,7 +351,8 @@ def _begin(step: MaidStep, search: _Search, base: PyTree, found: Judged, accepte
     pairs = trees.where(is_known, remember(search.pairs, move, change), search.pairs)
 
     direction = -times_inverse(pairs, gradient, diagonal=step.projection is not None)
-    size = jnp.linalg.norm(direction)
+    full = _project(step, _add(base, direction))
+    size = trees.norm(trees.difference(full, base))
     longest = jnp.where(accepted, _LONGER * length, search.longest)
     step_size = longest / jnp.where(size > 0, size, 1)
     step_size = jnp.where(pairs.is_empty, step_size, jnp.minimum(step_size, 1))
@@ -360,7 +366,6 @@ def _begin(step: MaidStep, search: _Search, base: PyTree, found: Judged, accepte
         at=found,
         pairs=pairs,
         direction=direction,
-        slope=gradient @ direction,
         step_size=step_size,
         longest=longest,
         rejections=jnp.zeros_like(search.rejections),
@@ -370,11 +375,11 @@ def _begin(step: MaidStep, search: _Search, base: PyTree, found: Judged, accepte
     )
 
 
-def _shorten(search: _Search, found: Judged) -> _Search:
+def _shorten(search: _Search, y: PyTree, found: Judged) -> _Search:
     """Return a shorter trial: where the parabola through two values and a slope is lowest."""
-    promised = search.step_size * search.slope  # below zero
-    excess = (found.value - search.at.value).astype(promised.dtype) - promised
-    factor = jnp.where(excess > 0, -promised / (2 * excess), _SHORTER)
+    promise = _promise(search, y)
+    excess = (found.value - search.at.value).astype(promise.dtype) + promise
+    factor = jnp.where(excess > 0, promise / (2 * excess), _SHORTER)
     factor = jnp.where(jnp.isnan(factor), _SHORTEST, jnp.clip(factor, _SHORTEST, _SHORTER))
     step_size, rejections = factor * search.step_size, search.rejections + 1
     # A gradient that is accurate enough leads downhill, whatever the memory makes of it.
@@ -386,9 +391,8 @@ def _shorten(search: _Search, found: Judged) -> _Search:
     step_size = jnp.where(plain, rescaled, step_size)
     return search._replace(
         direction=direction,
-        slope=gradient @ direction,
         step_size=step_size,
-        longest=step_size * jnp.linalg.norm(direction),
+        longest=factor * trees.norm(trees.difference(y, search.y)),
         rejections=rejections,
         doubts=jnp.zeros_like(search.doubts),
         is_base=rejections % (2 * _PATIENCE) == 0,

@@ -42,13 +42,17 @@ def remember(pairs: Pairs, move: jax.Array, change: jax.Array) -> Pairs:
 def times_inverse(pairs: Pairs, gradient: jax.Array, *, diagonal: bool) -> jax.Array:
     """Return about (d^2 h/dy^2)^{-1} gradient; with `diagonal`, a multiple of the gradient.
 
+    The multiple goes by the last move alone, for the gradient also changes along what a projection
+    holds back.
+
     Source:
-      J. Nocedal, "Updating Quasi-Newton Matrices with Limited Storage", 1980.
+      J. Nocedal, "Updating Quasi-Newton Matrices with Limited Storage", 1980;
+      J. Barzilai, J. M. Borwein, "Two-Point Step Size Gradient Methods", 1988.
     """
-    change = pairs.changes[-1]
-    scale = 1 / jnp.where(pairs.is_empty, 1, pairs.weights[-1] * (change @ change))
+    move, change, weight = pairs.moves[-1], pairs.changes[-1], pairs.weights[-1]
     if diagonal:
-        return scale * gradient
+        return jnp.where(pairs.is_empty, 1, weight * (move @ move)) * gradient
+    scale = 1 / jnp.where(pairs.is_empty, 1, weight * (change @ change))
 
     def forget(q: jax.Array, pair: Pairs) -> tuple[jax.Array, jax.Array]:
         part = pair.weights * (pair.moves @ q)
