@@ -1,5 +1,6 @@
 """Bounds hold: against hypergradients and values in long double, and by hand."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from jax.tree_util import Partial
 
 import bilevax as bx
+from bilevax.certificates import bound as bound_at
 from tests.certificates.bound_problems import FAMILIES, SIZE, truth
 from tests.everyday import params
 
@@ -78,7 +80,7 @@ def test_no_bound_is_below_the_true_error(name, dtype, seed):
         # They say something: most are finite, some are nearly attained.
         assert np.mean(np.isfinite(bounded)) > 0.8
         assert np.min(bounded[error > 0] / error[error > 0]) < 10, field
-    parts = bound.inner + bound.adjoint + bound.rounding
+    parts = bound.measured + bound.inner + bound.adjoint + bound.rounding
     known = np.isfinite(bound.absolute)
     np.testing.assert_allclose(bound.absolute[known], parts[known], rtol=1e-2)
     if name != "poisson":
@@ -88,6 +90,8 @@ def test_no_bound_is_below_the_true_error(name, dtype, seed):
 # A problem of one number, x*(y) = 1 / y, at (0.6, 2): see the example of `hypergradient_bound`.
 
 CONSTANTS = bx.BoundConstants(2.0, 0.0, 0.6 / 2**0.5, 0.5, 1.0, 0.0, 1.0, 2.0, 1.0, 3)
+# Those of all x up to 0.7.
+WIDE = bx.BoundConstants(2.0, 0.0, 0.7 / 2**0.5, 0.5, 1.0, 0.0, 1.0, 2.0, 1.0, 3)
 
 
 def scalar_problem():
@@ -98,27 +102,41 @@ def square(x, y):
     return x**2
 
 
-def test_the_bound_of_a_problem_of_one_number():
-    bound = bx.hypergradient_bound(square, scalar_problem(), bx.Implicit(), 0.6, 2.0, CONSTANTS)
+def at_the_point(v, constants=CONSTANTS, x=0.6):
+    x, y, v = jnp.asarray(x), jnp.asarray(2.0), jnp.asarray(v)
+    return bound_at(square, scalar_problem(), x, y, -x * v, v, constants)
+
+
+def test_the_bound_at_the_point_itself():
+    bound = at_the_point(0.6)
     # F = 0.2, v = 0.6; in the norms with mu = 2, e = 0.2 / sqrt(2) and ||v|| = 0.6 sqrt(2).
     e, v = 0.2 / np.sqrt(2), 0.6 * np.sqrt(2)
     np.testing.assert_allclose(bound.distance, e, rtol=1e-10)
     np.testing.assert_allclose(bound.inner, 0.5 * e * v + (0.6 / np.sqrt(2) + 0.5 * e) * e)
     np.testing.assert_allclose(bound.absolute, 0.13, rtol=1e-10)
-    assert bound.adjoint < 1e-14 and 0 < bound.rounding < 1e-13
+    assert bound.adjoint < 1e-14 and 0 < bound.rounding < 1e-13 and bound.measured == 0
     # g = 0.36 for h = 0.25: <v, F> = 0.12, and half of e^2 bounds what that leaves.
     np.testing.assert_allclose(bound.corrected_value, 0.24, rtol=1e-12)
     np.testing.assert_allclose(bound.corrected, 0.01, rtol=1e-10)
     np.testing.assert_allclose(bound.value, 0.13, rtol=1e-10)
 
 
-def test_a_rough_adjoint_is_bounded_too():
+def test_a_rough_adjoint_at_the_point_itself():
     v = 0.3  # half of what it should be
-    rule = bx.Implicit(bx.CG(maxiter=0))
-    bound = bx.hypergradient_bound(square, scalar_problem(), rule, 0.6, 2.0, CONSTANTS, adjoint=v)
-    gradient, _ = rule.pullback(scalar_problem(), 0.6, 2.0, 1.2, guess=v)
-    np.testing.assert_allclose(gradient, -0.6 * v)
+    bound = at_the_point(v)
     assert bound.absolute >= abs(-0.6 * v + 0.25) and bound.adjoint > 0.1
+
+
+def test_newton_steps_make_it_sharp():
+    bound = bx.hypergradient_bound(square, scalar_problem(), bx.Implicit(), 0.6, 2.0, WIDE)
+    np.testing.assert_allclose(bound.absolute, 0.11, rtol=1e-10)
+    np.testing.assert_allclose(bound.measured, 0.11, rtol=1e-10)
+    np.testing.assert_allclose(bound.value, 0.11, rtol=1e-10)
+    np.testing.assert_allclose(bound.corrected_value, 0.25, rtol=1e-10)
+    # An adjoint solve that stops at once, at half of v.
+    rule = bx.Implicit(bx.CG(maxiter=0))
+    rough = bx.hypergradient_bound(square, scalar_problem(), rule, 0.6, 2.0, WIDE, adjoint=0.3)
+    np.testing.assert_allclose(rough.absolute, abs(-0.6 * 0.3 + 0.25), rtol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -130,31 +148,24 @@ def test_a_rough_adjoint_is_bounded_too():
     ids=["corrected", "in another variable"],
 )
 def test_bounds_hold_for_every_rule(rule):
-    # Those of all x between 0.4 and 0.7.
-    wide = bx.BoundConstants(2.0, 0.0, 0.7 / 2**0.5, 0.5, 1.0, 0.0, 1.0, 2.0, 1.0, 3)
-    bound = bx.hypergradient_bound(square, scalar_problem(), rule, 0.6, 2.0, wide)
+    bound = bx.hypergradient_bound(square, scalar_problem(), rule, 0.6, 2.0, WIDE)
     x, _ = rule.refine(scalar_problem(), 0.6, 2.0)
     gradient, _ = rule.pullback(scalar_problem(), x, 2.0, 2 * x)
     error = abs(float(gradient) + 0.25)
-    assert error <= bound.absolute <= 4 * error + 1e-12
+    assert error <= bound.absolute <= error + 1e-12
 
 
 def test_nothing_is_known_beyond_the_radius():
-    def constants(radius):
-        return bx.BoundConstants(2.0, 0.0, 0.5, 0.5, 1.0, 0.0, 1.0, 2.0, 1.0, 3, radius)
-
-    problem = scalar_problem()
     near, far = (
-        bx.hypergradient_bound(square, problem, bx.Implicit(), 0.6, 2.0, constants(radius))
-        for radius in (0.2, 0.1)
+        at_the_point(0.6, dataclasses.replace(CONSTANTS, radius=radius)) for radius in (0.2, 0.1)
     )
     assert np.isfinite(near.absolute) and np.isfinite(near.corrected)
     assert np.isinf(far.absolute) and np.isinf(far.value) and np.isinf(far.corrected)
 
 
 def test_a_point_that_is_not_finite_has_no_bound():
-    bound = bx.hypergradient_bound(square, scalar_problem(), bx.Implicit(), jnp.nan, 2.0, CONSTANTS)
-    assert np.isinf(bound.absolute) and np.isinf(bound.value)
+    bound = bx.hypergradient_bound(square, scalar_problem(), bx.Implicit(), jnp.nan, 2.0, WIDE)
+    assert np.isinf(bound.absolute) and np.isinf(bound.value) and np.isinf(bound.corrected)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -167,20 +178,27 @@ def test_pytrees_with_a_convexity_per_entry(shared):
     convexity = 2.0 if shared else {"a": 2.0, "b": 4.0}  # at y = 2
     sizes = np.array([2.0, 2.0] if shared else [2.0, 4.0])
     x = {"a": jnp.array(0.6), "b": jnp.array(0.7)}
-    # F_2^T v = x_a v_a + 2 x_b v_b.
-    mixed = np.linalg.norm(np.array([0.6, 1.4]) / np.sqrt(sizes))
+    # F_2^T v = x_a v_a + 2 x_b v_b, with x up to (0.6, 0.75).
+    mixed = np.linalg.norm(np.array([0.6, 1.5]) / np.sqrt(sizes))
     change = np.max(np.array([1.0, 2.0]) / sizes)
     constants = bx.BoundConstants(convexity, 0.0, mixed, change, 0.0, 0.0, 2.0, 6.0, 2.0, 4)
-    bound = bx.hypergradient_bound(
-        lambda x, y: x["a"] + x["b"], bx.minimum(objective), bx.Implicit(), x, {"p": 2.0}, constants
-    )
-    # F = (0.2, -0.2), v = (1/2, 1/4).
+    problem, y = bx.minimum(objective), {"p": jnp.array(2.0)}
+    v = {"a": jnp.array(0.5), "b": jnp.array(0.25)}
+    gradient = {"p": jnp.array(-0.6 * 0.5 - 1.4 * 0.25)}
+
+    def total(x, y):
+        return x["a"] + x["b"]
+
+    bound = bound_at(total, problem, x, y, gradient, v, constants)
+    # F = (0.2, -0.2).
     e = np.linalg.norm(np.array([0.2, -0.2]) / np.sqrt(sizes))
-    v = np.linalg.norm(np.array([0.5, 0.25]) * np.sqrt(sizes))
+    size = np.linalg.norm(np.array([0.5, 0.25]) * np.sqrt(sizes))
     np.testing.assert_allclose(bound.distance, e, rtol=1e-10)
-    np.testing.assert_allclose(bound.inner, change * v * e, rtol=1e-10)
+    np.testing.assert_allclose(bound.inner, change * size * e, rtol=1e-10)
+    sharp = bx.hypergradient_bound(total, problem, bx.Implicit(), x, y, constants)
     true = abs((-0.6 * 0.5 - 1.4 * 0.25) + (1 / 4 + 3 / 8))
-    assert bound.absolute >= true
+    assert bound.absolute >= sharp.absolute >= true
+    np.testing.assert_allclose(sharp.absolute, true, rtol=1e-10)
 
 
 def test_one_penalty_for_all_weights():
