@@ -1,8 +1,8 @@
 """How loose are proven bounds, beside certificates that estimate?
 
-    make bounds [ARGS="--sizes 5 12 30 --output DIR"]
+    make bounds [ARGS="--sizes 5 12 --output DIR"]
 
-Penalised ridge, logistic and Poisson regression of 5 to 80 unknowns, condition numbers from 1 to
+Penalised ridge, logistic and Poisson regression of 5 to 30 unknowns, condition numbers from 1 to
 1e6, whose constants `BoundConstants` derives. At points with relative errors of the hypergradient
 from 1e-8 to 1 - cold starts, near x*, near stationary points of h, and in units of 1e-3 to 1e3 -
 the bound and the certificate are compared with the true error, by dense matrices in NumPy. No bound
@@ -28,7 +28,7 @@ import bilevax as bx
 jax.config.update("jax_enable_x64", True)
 
 OUTPUT = Path("benchmarks/output/bounds")
-SIZES, COUNT = (5, 12, 30, 80), 60  # problems of each family and size
+SIZES, COUNT = (5, 12, 30), 60  # problems of each family and size
 SITUATIONS = ("cold", "near x*", "near a stationary point", "in other units")
 
 
