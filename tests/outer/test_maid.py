@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.tree_util import Partial
 
 import bilevax as bx
 from bilevax.checkpoints import Checkpoints
 from bilevax.outer._quasi_newton import no_pairs, remember, times_inverse
+from tests.certificates.bound_problems import FAMILIES, SIZE
+from tests.certificates.bound_problems import truth as truth_of
 from tests.outer.example import (
     DESCENT,
     X0,
@@ -211,3 +214,38 @@ ANY_CONSTANTS: Any = 3.0
 def test_wrong_arguments(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ridge", "logistic", "poisson"])
+def test_proofs_hold_on_random_regressions_in_any_units(name):
+    """By bounds, from first steps of 1e-3 to 1e3, half of them in units of 1e-3 to 1e3."""
+    family, count, steps = FAMILIES[name], 40, 30
+    rng = np.random.default_rng(4)
+    units = 10 ** (rng.uniform(-3, 3, (count, SIZE)) * (rng.random((count, 1)) < 0.5))
+    data, y = family.draw(rng, count, units)
+
+    def outer(data, x, y):  # there is a minimum
+        return family.outer(data, x, y) + 0.02 * jnp.sum((y - data["start"]) ** 2)
+
+    @jax.jit
+    @jax.vmap
+    def follow(data, y, first_step):
+        problem, g = bx.minimum(Partial(family.inner, data)), Partial(outer, data)
+        engine = bx.value_and_hypergradient(g, problem, bx.Newton())
+        step = bx.maid(engine, constants=family.constants(data), first_step=first_step)
+
+        def one(state, _):
+            following = step(state)
+            return following, (following.optimizer.y, following.optimizer.accepted)
+
+        return jax.lax.scan(one, step.init(y, jnp.zeros(SIZE)), length=steps)[1]
+
+    points, accepted = follow({**data, "start": y}, y, 10 ** rng.uniform(-3, 3, count))
+    points = np.asarray(points).reshape(-1, SIZE)
+    repeated = {key: np.repeat(leaf, steps, axis=0) for key, leaf in data.items()}
+    values = truth_of(family, repeated, points)[1]
+    values = values + 0.02 * np.sum((points - np.repeat(y, steps, axis=0)) ** 2, axis=1)
+    is_move = np.diff(accepted, axis=1) > 0
+    assert np.all(np.diff(values.reshape(count, steps), axis=1)[is_move] < 0)
+    assert np.min(accepted[:, -1]) >= 3 and np.sum(is_move) > 5 * count
