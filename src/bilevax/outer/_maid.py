@@ -45,6 +45,7 @@ from bilevax.outer._state import (
     entry,
     failed,
 )
+from bilevax.outer._step import checked_key
 
 PyTree = Any
 
@@ -79,7 +80,7 @@ class MaidStep:
         if self.projection is not None:
             image = jax.eval_shape(self.projection, y)
             checks.same_structure("projection", image, y, expected="y")
-        key = jax.random.key(0) if key is None else key
+        key = jax.random.key(0) if key is None else checked_key(key)
         return _init(self, y, warm, key, history)
 
     def engine_for(self, key: jax.Array) -> Engine:
@@ -121,8 +122,8 @@ def maid(
 
     Args:
       engine: made by `value_and_hypergradient`, without `accuracy`.
-      constants: for bounds; a `BoundConstants`, or a function of (x, y) that returns those of a
-        point, such as `BoundConstants.ridge(train, validation)`.
+      constants: for bounds; a function of (x, y) that returns the `BoundConstants` of a point, such
+        as `BoundConstants.ridge(train, validation)`, or one that holds for all x and y.
       projection: P, onto a convex set; None for none.
       first_step: the length of the first trial, in the unit of y; far too large or too small ones
         cost a few evaluations.
