@@ -9,7 +9,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # pyright would ask the network whether a newer version exists.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: test demo bench certificates study rates memory equilibrium kills steady tuning training lint constraints clean
+.PHONY: test demo bench certificates bounds maid study rates memory equilibrium kills steady tuning training lint constraints clean
 .NOTPARALLEL: # two installs must not write to .venv at once
 
 # All tests but the slow ones. For every test: make test ARGS='-m ""'
@@ -25,6 +25,10 @@ bench: $(VENV)/dev.stamp
 # The error of hypergradients at inexact inner solutions, against theory: a table and figures.
 certificates: $(VENV)/dev.stamp
 	$(PY) benchmarks/certificates.py $(ARGS)
+
+# How loose proven bounds are, beside certificates that estimate.
+bounds: $(VENV)/dev.stamp
+	$(PY) benchmarks/bounds.py $(ARGS)
 
 study: $(VENV)/dev.stamp
 	$(PY) benchmarks/efficiency.py $(ARGS)
@@ -54,6 +58,10 @@ tuning: $(VENV)/dev.stamp
 # Whole training runs, by start, schedule and rule, and beside the plain recipe of peers.
 training: $(VENV)/dev.stamp
 	$(PY) benchmarks/training.py $(ARGS)
+
+# Descent without a step size, beside one whose step is tuned by hand.
+maid: $(VENV)/dev.stamp
+	$(PY) benchmarks/maid.py $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check

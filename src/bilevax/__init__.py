@@ -46,10 +46,13 @@ from bilevax._solution_map import solution_map as solution_map
 from bilevax._status import Status as Status
 from bilevax.certificates import AbsoluteAccuracy as AbsoluteAccuracy
 from bilevax.certificates import Accuracy as Accuracy
+from bilevax.certificates import BoundConstants as BoundConstants
 from bilevax.certificates import Certificate as Certificate
 from bilevax.certificates import EfficiencyConstant as EfficiencyConstant
+from bilevax.certificates import HypergradientBound as HypergradientBound
 from bilevax.certificates import RelativeAccuracy as RelativeAccuracy
 from bilevax.certificates import efficiency_constant as efficiency_constant
+from bilevax.certificates import hypergradient_bound as hypergradient_bound
 from bilevax.certificates import hypergradient_error as hypergradient_error
 from bilevax.diagnostics import HypergradientCheck as HypergradientCheck
 from bilevax.diagnostics import ProblemCheck as ProblemCheck
@@ -82,6 +85,7 @@ from bilevax.outer import Constant as Constant
 from bilevax.outer import Geometric as Geometric
 from bilevax.outer import Harmonic as Harmonic
 from bilevax.outer import Logarithmic as Logarithmic
+from bilevax.outer import MaidStep as MaidStep
 from bilevax.outer import Milestone as Milestone
 from bilevax.outer import MinimizeResult as MinimizeResult
 from bilevax.outer import OpenCheckpoints as OpenCheckpoints
@@ -91,6 +95,7 @@ from bilevax.outer import Schedule as Schedule
 from bilevax.outer import ScipyObjective as ScipyObjective
 from bilevax.outer import Seconds as Seconds
 from bilevax.outer import hoag as hoag
+from bilevax.outer import maid as maid
 from bilevax.outer import make_step as make_step
 from bilevax.outer import minimize as minimize
 from bilevax.outer import scipy_objective as scipy_objective

@@ -5,6 +5,8 @@ from bilevax.outer._checkpointing import Checkpointer as Checkpointer
 from bilevax.outer._checkpointing import Identity as Identity
 from bilevax.outer._checkpointing import OpenCheckpoints as OpenCheckpoints
 from bilevax.outer._hoag import hoag as hoag
+from bilevax.outer._maid import MaidStep as MaidStep
+from bilevax.outer._maid import maid as maid
 from bilevax.outer._minimize import minimize as minimize
 from bilevax.outer._result import MinimizeResult as MinimizeResult
 from bilevax.outer._result import Seconds as Seconds

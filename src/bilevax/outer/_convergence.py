@@ -11,6 +11,7 @@ from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._status import Status, is_unsolved
 from bilevax.hypergradient import Engine
+from bilevax.outer._maid import MaidStep
 from bilevax.outer._state import Best, BilevelState, Candidate, Milestone, Outcome
 from bilevax.outer._step import OuterStep
 
@@ -28,7 +29,7 @@ class Criteria(NamedTuple):
         return jnp.maximum(self.rtol * state.first_stationarity, self.atol)
 
 
-def judge(step: OuterStep, criteria: Criteria, state: BilevelState) -> BilevelState:
+def judge(step: OuterStep | MaidStep, criteria: Criteria, state: BilevelState) -> BilevelState:
     """Return the state with the outcome that the last step brought."""
     index = (state.step - 1) % state.history.value.shape[0]
     last = jax.tree.map(lambda leaf: leaf[index], state.history)
@@ -67,7 +68,7 @@ def remember(before: BilevelState, after: BilevelState) -> BilevelState:
 
 
 def verified(
-    step: OuterStep, criteria: Criteria, state: BilevelState, batched: bool
+    step: OuterStep | MaidStep, criteria: Criteria, state: BilevelState, batched: bool
 ) -> BilevelState:
     """Certify the candidates among the runs: each has converged, or runs on.
 
@@ -81,7 +82,7 @@ def verified(
 
 @functools.partial(jax.jit, static_argnames="batched")
 def _verify(
-    step: OuterStep, criteria: Criteria, state: BilevelState, batched: bool
+    step: OuterStep | MaidStep, criteria: Criteria, state: BilevelState, batched: bool
 ) -> BilevelState:
 
     def one(state: BilevelState) -> BilevelState:
@@ -114,5 +115,5 @@ def _reached(state: BilevelState, y: Any) -> Best:
     return Best(value, y, state.warm.x, state.step - 1)
 
 
-def _has_certificates(step: OuterStep) -> bool:
+def _has_certificates(step: OuterStep | MaidStep) -> bool:
     return isinstance(step.engine, Engine) and step.engine.has_certificates

@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevax import _checks as checks
 from bilevax.outer._checkpointing import Identity
+from bilevax.outer._maid import MaidStep
 from bilevax.outer._state import BilevelState
 from bilevax.outer._step import OuterStep
 
@@ -26,7 +27,7 @@ _NAMES = (
 )
 
 
-def identify(step: OuterStep, state: BilevelState, batched: bool) -> Identity:
+def identify(step: OuterStep | MaidStep, state: BilevelState, batched: bool) -> Identity:
     """Return what tells this problem from others: numbers at its start, and shapes."""
     numbers = zip(_NAMES, _numbers(step, state, batched=batched), strict=True)
     leaves = jax.tree_util.tree_leaves_with_path(state)
@@ -35,7 +36,7 @@ def identify(step: OuterStep, state: BilevelState, batched: bool) -> Identity:
 
 
 @functools.partial(jax.jit, static_argnames="batched")
-def _numbers(step: OuterStep, state: BilevelState, batched: bool) -> list[jax.Array]:
+def _numbers(step: OuterStep | MaidStep, state: BilevelState, batched: bool) -> list[jax.Array]:
     """Return what a problem has at its start."""
 
     def one(state: BilevelState) -> list[jax.Array]:

@@ -17,6 +17,7 @@ from bilevax.outer._checkpointing import Checkpointer, OpenCheckpoints
 from bilevax.outer._convergence import Criteria, judge, remember, verified
 from bilevax.outer._identity import identify
 from bilevax.outer._interrupts import Interrupts
+from bilevax.outer._maid import MaidStep
 from bilevax.outer._progress import ProgressBar
 from bilevax.outer._result import MinimizeResult, Seconds, make_result
 from bilevax.outer._state import BilevelState, Outcome
@@ -29,7 +30,7 @@ _CHUNK_SECONDS = 0.5
 
 
 def minimize(
-    step: OuterStep,
+    step: OuterStep | MaidStep,
     y: PyTree,
     x0: PyTree,
     steps: int = 1000,
@@ -67,7 +68,7 @@ def minimize(
     before the chunk is saved.
 
     Args:
-      step: made by `make_step` or `hoag`.
+      step: made by `make_step`, `hoag` or `maid`.
       y: where to start, a pytree of floating arrays; with `batched`, with a leading axis of runs.
       x0: where inner solves start, one for all runs.
       steps: outer steps at most, with those before a resume.
@@ -102,7 +103,8 @@ def minimize(
       >>> round(float(result.y), 2), result.outcome.name, result.steps
       (3.0, 'CONVERGED', 11)
     """
-    checks.is_component("step", step, OuterStep, "make_step(engine, optax.adam(0.1))")
+    if not isinstance(step, MaidStep):
+        checks.is_component("step", step, OuterStep, "make_step(engine, optax.adam(0.1))")
     steps = checks.known_whole("steps", steps)
     if chunk is not None:
         chunk = checks.known_whole("chunk", chunk)
@@ -145,7 +147,7 @@ def minimize(
 class _Run(NamedTuple):
     """What does not change during a run."""
 
-    step: OuterStep
+    step: OuterStep | MaidStep
     criteria: Criteria
     batched: bool
     steps: int
@@ -208,7 +210,12 @@ class _Run(NamedTuple):
 
 
 def _start(
-    step: OuterStep, y: PyTree, x0: PyTree, key: jax.Array | None, history: int, batched: bool
+    step: OuterStep | MaidStep,
+    y: PyTree,
+    x0: PyTree,
+    key: jax.Array | None,
+    history: int,
+    batched: bool,
 ) -> BilevelState:
     if not batched:
         return step.init(y, x0, key=key, history=history)
@@ -226,7 +233,11 @@ def _start(
 
 @functools.partial(jax.jit, static_argnames="batched")
 def _advance(
-    step: OuterStep, criteria: Criteria, state: BilevelState, count: Any, batched: bool
+    step: OuterStep | MaidStep,
+    criteria: Criteria,
+    state: BilevelState,
+    count: Any,
+    batched: bool,
 ) -> BilevelState:
     """Take `count` steps, fewer if all runs end before that."""
 
@@ -250,7 +261,7 @@ def _advance(
 
 @functools.partial(jax.jit, static_argnames="batched")
 def _judge_all(
-    step: OuterStep, criteria: Criteria, state: BilevelState, batched: bool
+    step: OuterStep | MaidStep, criteria: Criteria, state: BilevelState, batched: bool
 ) -> BilevelState:
     one = functools.partial(judge, step, criteria)
     return (mesh.vmap(one) if batched else one)(state)
