@@ -11,8 +11,8 @@ from scipy.special import softmax
 
 from bilevax._frontend.words import DataError, quote
 from bilevax.cli.choices import Kind
-from bilevax.cli.data import Data, Scaling
-from bilevax.cli.model import Rows
+from bilevax.cli.data import Data
+from bilevax.cli.rows import Rows, Scaling
 
 _FORMAT = "bilevax model 1"
 

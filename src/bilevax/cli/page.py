@@ -35,8 +35,9 @@ $sections
 
 
 _INEXACT = """
-<p>The losses of the steps are those of fits that end early. They may be above or below the accurate
-ones, so the curve need not start on the line. The losses in the table are accurate.</p>"""
+<p>The losses of the steps are those of fits that end early, with the pull of --shrink. They may be
+above or below the accurate ones, so the curve need not start on the line. The losses in the table
+are accurate, and without the pull.</p>"""
 
 
 def write_page(study: Study) -> str:
