@@ -75,7 +75,7 @@ def run(problem: Problem, seed: int) -> dict[str, Any]:
     parts = train_test_split(
         problem.features, problem.target, test_size=HELD_OUT, random_state=seed, stratify=labels
     )
-    features, unseen, target, answers = parts
+    features, unseen, target, answers = map(np.asarray, parts)
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder) / "data.csv", Path(folder) / "out"
         frame = pd.DataFrame(features, columns=[f"x{j}" for j in range(features.shape[1])])

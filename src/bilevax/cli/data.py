@@ -8,7 +8,15 @@ import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from bilevax._frontend.numbers import varies
-from bilevax._frontend.words import DataError, counted, is_number, natural, quote, shorten
+from bilevax._frontend.words import (
+    DataError,
+    counted,
+    in_order,
+    is_number,
+    one_line,
+    quote,
+    shorten,
+)
 from bilevax.cli.choices import MISSING, Kind
 from bilevax.cli.files import Table
 
@@ -78,7 +86,7 @@ def prepare(table: Table, target: str | None, kind: Kind) -> Data:
         classes, values = None, _quantity(table, column)
     else:
         labels = _labels(column)
-        classes = _order(labels)
+        classes = in_order(labels)
         values = _class_indices(table, labels, classes)
         _check_classes(table, classes, kind)
     kept = varies(features)
@@ -181,7 +189,8 @@ def _example(column: pd.Series) -> str:
 
 
 def _quantity(table: Table, column: pd.Series) -> np.ndarray:
-    if not is_numeric_dtype(column) or is_bool_dtype(column):
+    is_text = not is_numeric_dtype(column) and not all(is_number(str(cell)) for cell in column)
+    if is_text or is_bool_dtype(column):
         raise DataError(
             f"the target of {table.path} is not a number (for example {_example(column)}); "
             "ridge predicts numbers, use --model logistic or multinomial for classes"
@@ -195,15 +204,13 @@ def _quantity(table: Table, column: pd.Series) -> np.ndarray:
 
 
 def _labels(column: pd.Series) -> list[str]:
-    """Return the classes as texts; 1 and 1.0 are one class."""
-    if is_numeric_dtype(column) and not is_bool_dtype(column):
-        return [f"{value:.15g}" for value in column.to_numpy(dtype=np.float64)]
-    return [str(value) for value in column]
-
-
-def _order(labels: list[str]) -> list[str]:
-    distinct = set(labels)
-    return sorted(distinct, key=float if all(map(is_number, distinct)) else natural)
+    """Return the classes as texts, which they stay; a whole number has no point."""
+    cells = column.tolist()
+    whole = [isinstance(cell, float) and cell.is_integer() for cell in cells]
+    return [
+        str(int(cell)) if is_whole else one_line(str(cell))
+        for cell, is_whole in zip(cells, whole, strict=True)
+    ]
 
 
 def _class_indices(table: Table, labels: list[str], classes: list[str]) -> np.ndarray:

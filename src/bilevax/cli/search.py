@@ -114,7 +114,8 @@ def _scan(
     start: jax.Array,
     log_penalties: jax.Array,
     rtol: jax.Array,
-) -> Losses:
+) -> tuple[jax.Array, ...]:
+    """Return the entries of `Losses`."""
     problem = inner_problem(rows, folds, curvatures, np.arange(log_penalties.shape[1]))
     # Relative to the gradient at a warm start, which is small, solves would be far more accurate
     # than they need to be. At zero weights penalties do not matter.
@@ -122,11 +123,11 @@ def _scan(
     squares = jnp.sum(problem.optimality(zero, log_penalties[0]) ** 2, axis=(1, 2))
     solver = bx.Newton(rtol=0.0, atol=rtol * jnp.sqrt(jnp.min(squares)))
 
-    def step(weights: jax.Array, log_penalties: jax.Array) -> tuple[jax.Array, Losses]:
+    def step(weights: jax.Array, log_penalties: jax.Array) -> tuple[jax.Array, tuple]:
         weights, report = bx.solution_map(problem, solver).with_report(weights, log_penalties)
         losses = held_out_losses(weights, rows, folds)[:-1]
         last = row_losses(weights[-1], rows)
-        return weights, Losses(losses, last, report.status.max(), weights)
+        return weights, (losses, last, report.status.max(), weights)
 
     return jax.lax.scan(step, start, log_penalties)[1]
 

@@ -44,7 +44,9 @@ def read_task(options: argparse.Namespace) -> Task:
       DataError: if the data or an option cannot be used.
     """
     kind = Kind(options.model)
-    table = read_table(options.data)
+    # The labels of classes stay texts: as numbers, 1 and 01 would be one.
+    texts = () if kind is Kind.RIDGE or options.target is None else (options.target,)
+    table = read_table(options.data, texts)
     names = feature_names(table, options.target)
     data = prepare(table, options.target, kind)
     penalties = read_penalties(options.penalty, names, data.names)
@@ -55,7 +57,7 @@ def read_task(options: argparse.Namespace) -> Task:
         _check_folds(options, data)
         plan = splits.cross_validation(labels, training, options.cv, options.seed)
     else:
-        extra = prepare_validation(read_table(options.validation), options.target, data)
+        extra = prepare_validation(read_table(options.validation, texts), options.target, data)
         if len(extra.target) == 1 and options.honest_score:
             raise DataError(
                 f"{options.validation} has 1 row, an honest score needs more: add rows, or give "
