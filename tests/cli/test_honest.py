@@ -1,8 +1,11 @@
 """Honest scores, against NumPy and limits."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+import bilevax as bx
 from bilevax.cli import honest, tuning
 from bilevax.cli.choices import Kind
 from bilevax.cli.data import Data
@@ -67,6 +70,16 @@ def test_a_pull_that_is_stronger_ends_nearer(rows):
         for shrink in (10.0, 0.1, 0.001)
     ]
     assert np.all(np.diff([np.abs(end).max() for end in ends]) > 0.1)
+
+
+def test_a_signal_ends_it(rows, monkeypatch):
+    interrupted = SimpleNamespace(outcome=bx.Outcome.INTERRUPTED)
+    monkeypatch.setattr(tuning, "search_grid", lambda *arguments: None)
+    monkeypatch.setattr(tuning, "tune", lambda *arguments, **options: interrupted)
+    plan = cross_validation(None, ROWS, FOLDS, 0)
+    settings = tuning.Settings("implicit", 0.1, 50)
+    with pytest.raises(KeyboardInterrupt):
+        honest.score(Evaluator(rows), rows, plan, np.arange(FEATURES), settings, (1.0,))
 
 
 @pytest.mark.parametrize("seed", range(10))

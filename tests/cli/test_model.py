@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 import bilevax as bx
 from bilevax.cli import folds as splits
+from bilevax.cli import search
 from bilevax.cli.choices import LOWEST, RULES, Kind
 from bilevax.cli.data import Data
 from bilevax.cli.fitted import make_fitted
@@ -257,3 +258,26 @@ def test_the_basis_is_orthonormal_and_sums_to_zero():
     basis = score_basis(Kind.MULTINOMIAL, 5)
     np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=1e-14)
     np.testing.assert_allclose(basis.sum(axis=0), 0, atol=1e-14)
+
+
+def test_programs_do_not_hold_the_data():
+    """Of constants XLA makes more constants, slowly and with alarms."""
+    case = Case(Kind.LOGISTIC)
+
+    def texts(repeats):
+        design = np.repeat(case.rows.design, repeats, axis=1)
+        rows = case.rows._replace(design=design, target=np.repeat(case.rows.target, repeats, 1))
+        folds = case.tasks._replace(
+            train=np.repeat(case.tasks.train, repeats, 1),
+            held_out=np.repeat(case.tasks.held_out, repeats, 1),
+        )
+        zero, index, logs = zero_weights(FOLDS + 1, rows), np.arange(4), np.zeros((2, 4))
+        matrices = curvatures(rows, folds, zero)
+        arguments = rows, folds, matrices, zero, logs, 1e-3
+        grid = jax.jit(search._scan).lower(*arguments).as_text()
+        engine = make_engine(rows, folds, matrices, index, RULES[0])
+        step = jax.jit(lambda engine, y, warm: engine(y, warm))
+        return grid, step.lower(engine, logs[0], bx.cold_start(zero)).as_text()
+
+    for small, large in zip(texts(1), texts(100), strict=True):
+        assert len(large) < 1.1 * len(small)

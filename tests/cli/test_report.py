@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bilevax._frontend.words import counted
+from bilevax.cli import page
 from bilevax.cli.choices import HIGHEST, LOWEST, Kind
 from bilevax.cli.figures import plot_losses, plot_penalties
 from bilevax.cli.honest import Honest
@@ -134,6 +135,21 @@ def test_which_model_is_written_and_why(tuned, words):
     )
 
 
+@pytest.mark.parametrize(
+    ("tuned", "spread", "words"),
+    [
+        (1 - 2.2e-7, 1.5e-4, ("0.000 % lower", "0.015 %")),
+        (1.021, 0.0574, ("2.1 % higher", "5.7 %")),
+        (1.0, 0.0, ("0.00 % higher", "0.00 %")),
+    ],
+)
+def test_a_change_has_the_digits_of_its_spread(tuned, spread, words):
+    scores = Honest(np.array([0.0]), 1.0, np.array([tuned]), np.array([spread]), 0)
+    how, give = words
+    words = f"is {how} than that of the best single one, give or take {give}"
+    assert words in conclude(make_study(scores=scores))
+
+
 def test_the_axis_of_losses_has_no_offset():
     figure = plot_losses(make_study(single=2973.54, tuned=2973.50))
     figure.canvas.draw()
@@ -147,3 +163,15 @@ def test_penalties_that_are_all_the_best_single_one_can_be_drawn():
     figure = plot_penalties(make_study(penalties=(0.02, 0.02), features=2))
     figure.canvas.draw()
     assert np.diff(figure.axes[0].get_xlim()) > 0
+
+
+def test_letters_that_no_font_has_are_no_noise(monkeypatch, capsys):
+    study = make_study(penalties=(0.1, 0.2), features=2)
+    study = study._replace(
+        penalties=study.penalties._replace(names=["身長", "体重"]),
+        model=SimpleNamespace(
+            kind=Kind.RIDGE, coefficients=np.eye(1, 2), features=["身長", "体重"]
+        ),
+    )
+    assert "data:image/png" in page.write_page(study)  # with warnings as errors
+    assert capsys.readouterr().err == ""

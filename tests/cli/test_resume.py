@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bilevax.cli import main, task, tuning
+from bilevax.cli import honest, main, task, tuning
 from bilevax.cli import predict as prediction
 
 RESULTS = {"model.json", "report.json", "report.html"}
@@ -90,6 +90,37 @@ def test_a_record_that_cannot_be_read_is_refused(folder, capsys):
     assert f"cannot --resume: {record} cannot be read; choose another" in capsys.readouterr().err
 
 
+def test_honest_scores_are_written_down(folder, tmp_path, monkeypatch):
+    def again(*arguments, **options):
+        raise AssertionError("scored again")
+
+    shutil.copytree(folder / "out", tmp_path / "out")
+    monkeypatch.setattr(honest, "score", again)
+    command = [*arguments(folder)[:-1], str(tmp_path / "out"), "--resume", "--steps", "2"]
+    assert main(command) in (0, 3)
+    reports = [
+        json.loads((out / "report.json").read_text()) for out in (folder / "out", tmp_path / "out")
+    ]
+    assert reports[0]["honest"] == reports[1]["honest"] is not None
+    (tmp_path / "out" / "checkpoints" / "honest.json").write_text("{}")
+    with pytest.raises(AssertionError, match="scored again"):
+        main([*command[:-1], "3"])
+
+
+def test_without_an_honest_score_the_tuned_penalties_are_written(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(honest, "score", None)
+    command = [*arguments(folder)[:-1], str(tmp_path), "--no-honest-score", "--shrink", "0.3"]
+    assert main([*command, "--steps", "3"]) in (0, 3)
+    report, model = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("report", "model")
+    )
+    assert report["honest"] is None and report["shrink"] == 0.3
+    assert report["outcome"]["written"] == "tuned"
+    tuned = report["penalties"]
+    assert model["penalties"] == [tuned["1"], tuned["1"], tuned["2"]] and tuned["1"] != tuned["2"]
+    assert "honest_score" not in report["seconds"]
+
+
 def test_files_of_another_name_steps_and_accuracy_may_change(folder, capsys, monkeypatch):
     monkeypatch.setattr(tuning, "search_grid", interrupt)
     shutil.copy(folder / "data.csv", folder / "copy.csv")
@@ -160,7 +191,7 @@ class TestWhatIsLeft:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(("module", "command"), [(task, "tune"), (prediction, "predict")])
 def test_interrupted_while_reading(folder, capsys, monkeypatch, module, command, number):
-    monkeypatch.setattr(module, "read_table", lambda path: signal.raise_signal(number))
+    monkeypatch.setattr(module, "read_table", lambda *arguments: signal.raise_signal(number))
     monkeypatch.setattr(prediction, "read_model", lambda path: None)
     words = arguments(folder) if command == "tune" else ["predict", "model.json", "data.csv"]
     assert main(words) == 130

@@ -3,6 +3,8 @@
 import base64
 import html
 import io
+import logging
+import warnings
 from string import Template
 
 from matplotlib.figure import Figure
@@ -42,6 +44,15 @@ are accurate, and without the pull.</p>"""
 
 def write_page(study: Study) -> str:
     """Return the text of report.html."""
+    # What Matplotlib has to say of letters that its font lacks, or of a first start that takes
+    # long, is nothing for a terminal.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _write_page(study)
+
+
+def _write_page(study: Study) -> str:
     many = len(study.penalties.names) > MAX_NAMES
     half = f"the {MAX_NAMES // 2} weakest and strongest of {len(study.penalties.names)}"
     figures = [

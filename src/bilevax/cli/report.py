@@ -205,10 +205,11 @@ def _judge(scores: Honest, is_tuned: bool) -> str:
     """Say which model is written, and why."""
     change = 100 * (scores.tuned[scores.best] / scores.single - 1)
     spread = 100 * scores.spreads[scores.best] / scores.single
-    how = f"{abs(change):.2g} % {'lower' if change < 0 else 'higher'}"
+    digits = max(0, 1 - int(np.floor(np.log10(spread)))) if spread > 0 else 2
+    how = f"{abs(change):.{digits}f} % {'lower' if change < 0 else 'higher'}"
     found = (
         f"On rows that had no part in the choice, the loss of the tuned penalties is {how} than "
-        f"that of the best single one, give or take {spread:.2g} %"
+        f"that of the best single one, give or take {spread:.{digits}f} %"
     )
     if is_tuned:
         return f"{found}: the model with the tuned penalties is written."
