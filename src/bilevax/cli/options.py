@@ -96,7 +96,8 @@ in the folder OUT:
 
 A new run replaces the results of an earlier one in OUT. While OUT/checkpoints has a run that is
 not finished, a new one is refused: go on with --resume, or remove OUT/checkpoints. With --resume
-only --steps and --accuracy may change; other options and other data are refused.
+only --steps and --accuracy may change; other options and other data are refused. Honest scores are
+not made again.
 
 exit codes:
   0    done
