@@ -9,7 +9,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # pyright would ask the network whether a newer version exists.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: test demo bench certificates bounds maid study rates memory equilibrium kills steady tuning training lint constraints clean
+.PHONY: test demo bench certificates hard bounds maid study rates memory equilibrium kills steady tuning heldout training lint constraints clean
 .NOTPARALLEL: # two installs must not write to .venv at once
 
 # All tests but the slow ones. For every test: make test ARGS='-m ""'
@@ -29,6 +29,10 @@ certificates: $(VENV)/dev.stamp
 # How loose proven bounds are, beside certificates that estimate.
 bounds: $(VENV)/dev.stamp
 	$(PY) benchmarks/bounds.py $(ARGS)
+
+# Requests of an accuracy where certificates are easily fooled: is CONVERGED ever wrong?
+hard: $(VENV)/dev.stamp
+	$(PY) benchmarks/hard_requests.py $(ARGS)
 
 study: $(VENV)/dev.stamp
 	$(PY) benchmarks/efficiency.py $(ARGS)
@@ -54,6 +58,10 @@ steady: $(VENV)/dev.stamp
 # Penalties tuned by the command line beside grids, and beside scikit-learn's.
 tuning: $(VENV)/dev.stamp
 	$(PY) benchmarks/tuning.py $(ARGS)
+
+# What the command line writes by default, judged by rows that it has not seen.
+heldout: $(VENV)/dev.stamp
+	$(PY) benchmarks/tuning_held_out.py $(ARGS)
 
 # Whole training runs, by start, schedule and rule, and beside the plain recipe of peers.
 training: $(VENV)/dev.stamp

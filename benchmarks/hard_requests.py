@@ -136,11 +136,11 @@ def solve_exactly(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return x* and the gradient of h, by damped Newton steps with dense matrices."""
     x = np.zeros(y.shape)
-    for step in range(200):
-        F, F_1, F_2, g_1, g_2 = map(np.asarray, _derivatives(family, data, outer_data, x, y))
+    for _ in range(200):
+        F, F_1, *_ = map(np.asarray, _derivatives(family, data, outer_data, x, y))
         move = np.linalg.solve(F_1, F[..., None])[..., 0]
-        shrink = 1 / np.maximum(1, np.linalg.norm(move, axis=1, keepdims=True) / 2)
-        x = x - (shrink if step < 150 else 1) * move
+        x = x - move / np.maximum(1, np.linalg.norm(move, axis=1, keepdims=True) / 2)
+    _, F_1, F_2, g_1, g_2 = map(np.asarray, _derivatives(family, data, outer_data, x, y))
     adjoint = np.linalg.solve(np.swapaxes(F_1, 1, 2), g_1[..., None])
     return x, g_2 - (np.swapaxes(F_2, 1, 2) @ adjoint)[..., 0]
 
@@ -272,7 +272,9 @@ def ask(kind: Kind, lanes: Lanes) -> Found:
         if start is not None:
             warm = engine(start, warm).warm
         result = engine(y, warm)
-        return result.gradient, result.report.inner.status, result.report.certificate.absolute
+        certificate = result.report.certificate
+        assert certificate is not None
+        return result.gradient, result.report.inner.status, certificate.absolute
 
     arrays = jax.tree.map(lambda leaf: leaf.astype(kind.dtype), lanes)
     batched = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, 0, None if lanes.start is None else 0, 0)))

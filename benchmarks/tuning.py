@@ -39,9 +39,9 @@ import bilevax as bx
 from bilevax.cli import folds as splits
 from bilevax.cli import tuning
 from bilevax.cli.choices import RULES, Kind
-from bilevax.cli.data import Data, as_rows, standardise
-from bilevax.cli.model import Rows
+from bilevax.cli.data import Data
 from bilevax.cli.report import loss_unit
+from bilevax.cli.rows import Rows, as_rows, standardise
 from bilevax.cli.search import BATCH, Evaluator
 
 OUTPUT = Path(__file__).parent / "output" / "tuning"
@@ -53,7 +53,7 @@ class Problem(NamedTuple):
     kind: Kind
     rows: Rows
     target: np.ndarray
-    held_out: list[np.ndarray]
+    masks: splits.Masks
     unit: float
 
 
@@ -73,36 +73,31 @@ def load(name: str) -> Problem:
     classes = None if is_ridge else [str(label) for label in np.unique(target)]
     data = Data(names, features, target, classes, [])
     scaling = standardise(data)
-    held_out = splits.split(FOLDS, None if is_ridge else target, len(target), seed=0)
-    return Problem(kind, as_rows(data, scaling, kind), target, held_out, loss_unit(kind, scaling))
+    plan = splits.cross_validation(None if is_ridge else target, len(target), FOLDS, seed=0)
+    unit = loss_unit(kind, scaling)
+    return Problem(kind, as_rows(data, scaling, kind), target, plan.search, unit)
 
 
 def run_ours(problem: Problem) -> dict[str, Any]:
-    features = problem.rows.features
     began = time.perf_counter()
-    folds = splits.cross_validation(features, problem.held_out)
-    evaluator = Evaluator(problem.rows, folds, splits.everything(features, len(features)))
-    index = np.arange(features.shape[1])
-    grid = tuning.search_grid(evaluator, len(index))
+    folds = splits.make_folds(problem.rows, problem.masks)
+    evaluator = Evaluator(problem.rows)
+    index = np.arange(len(problem.rows.noise))
+    grid = tuning.search_grid(evaluator, folds, len(index))
     with tempfile.TemporaryDirectory() as folder:
+        settings = tuning.Settings(RULES[0], ACCURACY, STEPS)
+        checkpoints = Path(folder)
         run = tuning.tune(
-            problem.rows,
-            folds,
-            index,
-            grid=grid,
-            rule=RULES[0],
-            accuracy=ACCURACY,
-            steps=STEPS,
-            checkpoints=Path(folder),
+            problem.rows, folds, index, grid, settings, shrink=0.0, checkpoints=checkpoints
         )
-    tuned = tuning.finish(evaluator, index, grid, run)
+    tuned = tuning.finish(evaluator, folds, index, grid, run)
     first_run = time.perf_counter() - began
     others = run.seconds.total * run.steps / max(run.steps - 1, 1)
     compiled = evaluator.seconds - evaluator.compile_seconds + others
     logs = np.repeat(np.log(GRID)[:, None], len(index), axis=1)
     losses, weights = [], None
     for k in range(0, len(GRID), BATCH):
-        found = evaluator.evaluate(logs[k : k + BATCH], 1e-8, weights)
+        found = evaluator.evaluate(folds, logs[k : k + BATCH], 1e-8, weights)
         losses.append(found.mean.min())
         weights = found.weights[-1]
     return {
@@ -116,8 +111,9 @@ def run_ours(problem: Problem) -> dict[str, Any]:
 
 
 def run_sklearn(problem: Problem, **tolerance: Any) -> dict[str, Any]:
-    features, everything = problem.rows.features, np.arange(len(problem.target))
-    cv = [(np.setdiff1d(everything, rows), rows) for rows in problem.held_out]
+    features, masks = problem.rows.features, problem.masks
+    pairs = zip(masks.train[:-1], masks.held_out[:-1], strict=True)
+    cv = [(np.flatnonzero(train), np.flatnonzero(held_out)) for train, held_out in pairs]
     alphas = GRID * len(features) * (1 - 1 / FOLDS)
     began = time.perf_counter()
     if problem.kind is Kind.RIDGE:
@@ -156,7 +152,7 @@ def main() -> int:
             flush=True,
         )
         if problem.kind is Kind.MULTINOMIAL:
-            folds = splits.cross_validation(problem.rows.features, problem.held_out)
+            folds = splits.make_folds(problem.rows, problem.masks).choosing
             by_hand = tuning_by_hand.tune(problem.rows, folds, ACCURACY, STEPS)
             accurate = run_sklearn(problem, tol=1e-6, max_iter=1000)
             result |= {"by_hand": by_hand._asdict(), "accurate": accurate}

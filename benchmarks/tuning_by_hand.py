@@ -17,8 +17,9 @@ import optax
 
 from bilevax.cli.choices import HIGHEST, LOWEST
 from bilevax.cli.folds import Folds
-from bilevax.cli.model import Rows, penalised_loss, row_losses, zero_weights
+from bilevax.cli.model import penalised_loss, row_losses, zero_weights
 from bilevax.cli.preconditioner import curvatures, inverses
+from bilevax.cli.rows import Rows
 from bilevax.cli.search import GRID
 
 # Norms of gradients of fits, and relative residuals of adjoint systems and of Newton directions.

@@ -177,6 +177,15 @@ class TestRows:
         message = "has classes with fewer rows than the 5 folds of --cv: 'maybe' (4)"
         refuse(message, write(lines), "--target", "answer", "--model", "multinomial")
 
+    def test_too_few_for_folds_of_folds(self, refuse, write):
+        message = "has too few rows for an honest score, which leaves out folds of folds: "
+        target = ["--target", "y", "--cv", "2"]
+        lines = ["a,y", "1,2", "2,3", "5,4"]
+        advice = "raise --cv, or give --no-honest-score"
+        refuse(f"{message}the data (3); {advice}", write(lines), *target, "--model", "ridge")
+        lines = ["a,y", *(f"{i},{'yes' if i < 3 else 'no'}" for i in range(9))]
+        refuse(f"{message}'yes' (3); {advice}", write(lines), *target, "--model", "logistic")
+
     def test_no_feature_varies(self, refuse, write):
         lines = ["a,y", *(f"3,{i}" for i in range(20))]
         refuse("no feature of", write(lines), "--target", "y", "--model", "ridge")
@@ -246,6 +255,11 @@ class TestValidation:
         message = "has classes that the data does not have: 'maybe'"
         refuse(message, write(LINES), *LOGISTIC, "--validation", other)
 
+    def test_one_row_has_nothing_to_judge(self, refuse, write):
+        other = write(["size,age,answer", "1,2,no"], "other.csv")
+        message = "has 1 row, an honest score needs more: add rows, or give --no-honest-score"
+        refuse(message, write(LINES), *LOGISTIC, "--validation", other)
+
     def test_not_with_cv(self, misuse):
         misuse("not allowed with", "tune", "a.csv", *LOGISTIC, "--cv", "3", "--validation", "b.csv")
 
@@ -270,6 +284,9 @@ class TestOut:
         (["--accuracy", "nan"], "argument --accuracy: must be between 0 and 1, got nan"),
         (["--accuracy", "high"], "argument --accuracy: must be a number, got 'high'"),
         (["--out", " "], "argument --out: must name a folder"),
+        (["--shrink", "-1"], "argument --shrink: must be 0 or more, got -1"),
+        (["--shrink", "inf"], "argument --shrink: must be 0 or more, got inf"),
+        (["--shrink", "strong"], "argument --shrink: must be a number, got 'strong'"),
         (["--rule", "none"], "argument --rule: invalid choice: 'none'"),
         (["--model", "lasso"], "argument --model: invalid choice: 'lasso'"),
         (["--target"], "argument --target: expected one argument"),

@@ -13,12 +13,14 @@ from sklearn.preprocessing import StandardScaler
 
 import bilevax as bx
 from bilevax.cli import folds as splits
+from bilevax.cli import search
 from bilevax.cli.choices import LOWEST, RULES, Kind
-from bilevax.cli.data import Data, as_rows, standardise
+from bilevax.cli.data import Data
 from bilevax.cli.fitted import make_fitted
-from bilevax.cli.model import score_basis, zero_weights
+from bilevax.cli.model import zero_weights
 from bilevax.cli.preconditioner import curvatures, inverses
 from bilevax.cli.report import loss_unit
+from bilevax.cli.rows import as_rows, score_basis, standardise
 from bilevax.cli.search import Evaluator, inner_problem
 from bilevax.cli.tuning import make_engine
 from tests.everyday import params, slow
@@ -45,9 +47,11 @@ class Case:
         self.scaling = standardise(self.data)
         self.rows = as_rows(self.data, self.scaling, kind)
         labels = None if classes is None else target
-        self.held_out = splits.split(FOLDS, labels, 50, 0)
-        self.folds = splits.cross_validation(self.rows.features, self.held_out)
-        self.evaluator = Evaluator(self.rows, self.folds, splits.everything(self.rows.features, 50))
+        plan = splits.cross_validation(labels, 50, FOLDS, 0)
+        self.held_out = [np.flatnonzero(mask) for mask in plan.search.held_out[:-1]]
+        self.tasks = splits.make_folds(self.rows, plan.search)
+        self.folds = self.tasks.choosing
+        self.evaluator = Evaluator(self.rows)
 
     def oracle(self, penalty, rows):
         """Return scikit-learn's model of a single penalty for so many rows."""
@@ -58,7 +62,7 @@ class Case:
         return make_pipeline(StandardScaler(), model)
 
     def fit(self, log_penalties):
-        losses = self.evaluator.evaluate(log_penalties[None], 1e-12)
+        losses = self.evaluator.evaluate(self.tasks, log_penalties[None], 1e-12)
         penalties, weights = np.exp(log_penalties), losses.weights[0, -1]
         return losses, make_fitted(
             self.kind, "t", self.data, self.scaling, self.rows, penalties, weights
@@ -129,13 +133,16 @@ HYPERGRADIENTS = params(
 )
 
 
+PULL, CENTRE = 0.2, -3.0
+
+
 @pytest.mark.parametrize(("case", "rule"), HYPERGRADIENTS, indirect=["case"])
 def test_the_hypergradient_is_that_of_differences(case, rule):
     index = np.array([0, 1, 1, 2])  # the penalty in the middle is shared
     weights = zero_weights(FOLDS, case.rows)
     matrices = curvatures(case.rows, case.folds, weights)
     engine = make_engine(
-        case.rows, case.folds, matrices, index, rule, rtol=1e-13, adjoint_rtol=1e-12
+        case.rows, case.folds, matrices, index, rule, PULL, CENTRE, rtol=1e-13, adjoint_rtol=1e-12
     )
     y = np.log([0.01, 0.3, 0.05])
 
@@ -150,8 +157,9 @@ def test_the_hypergradient_is_that_of_differences(case, rule):
         shift = step * np.eye(3)[j]
         difference = (evaluate(y + shift)[0] - evaluate(y - shift)[0]) / (2 * step)
         np.testing.assert_allclose(gradient[j], difference, rtol=1e-5, atol=1e-9)
-    loss = case.evaluator.evaluate(y[index][None], 1e-12).mean[0]
-    np.testing.assert_allclose(evaluate(y)[0], loss, rtol=1e-9)
+    loss = case.evaluator.evaluate(case.tasks, y[index][None], 1e-12).mean[0]
+    pull = PULL / 2 * np.mean((y - CENTRE) ** 2)
+    np.testing.assert_allclose(evaluate(y)[0] - pull, loss, rtol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +179,8 @@ def test_hypergradients_are_accurate_with_more_features_than_rows(kind):
     names = [str(j) for j in range(50)]
     data = Data(names, features, target, None if is_ridge else ["a", "b", "c"], [])
     rows = as_rows(data, standardise(data), kind)
-    held_out = splits.split(FOLDS, None if is_ridge else target, 30, 0)
-    folds = splits.cross_validation(rows.features, held_out)
+    plan = splits.cross_validation(None if is_ridge else target, 30, FOLDS, 0)
+    folds = splits.make_folds(rows, plan.search).choosing
     weights = zero_weights(FOLDS, rows)
     matrices, y = curvatures(rows, folds, weights), np.full(50, np.log(LOWEST))
 
@@ -212,7 +220,7 @@ def test_curvatures_are_those_of_single_classes(case):
 def test_preconditioned_hessians_are_near_the_identity(case, penalties):
     """For ridge and two classes at the weights of a fit; for more classes by a factor."""
     logs = np.log(penalties)
-    weights = case.evaluator.evaluate(logs[None], 1e-10).weights[0, :-1]
+    weights = case.evaluator.evaluate(case.tasks, logs[None], 1e-10).weights[0, :-1]
     everything = case.folds._replace(
         train=np.full((1, 50), 0.02), variance=np.ones((1, 4)), held_out=np.zeros((1, 50))
     )
@@ -252,35 +260,24 @@ def test_the_basis_is_orthonormal_and_sums_to_zero():
     np.testing.assert_allclose(basis.sum(axis=0), 0, atol=1e-14)
 
 
-def test_folds_hold_out_each_row_once_and_each_class_in_equal_shares():
-    labels = np.repeat([0, 1, 2], [30, 15, 9])
-    held_out = splits.split(3, labels, 54, seed=1)
-    np.testing.assert_array_equal(np.sort(np.concatenate(held_out)), np.arange(54))
-    for rows in held_out:
-        np.testing.assert_array_equal(np.bincount(labels[rows]), [10, 5, 3])
-    again, other = splits.split(3, labels, 54, seed=1), splits.split(3, labels, 54, seed=2)
-    np.testing.assert_array_equal(held_out[0], again[0])
-    assert not np.array_equal(held_out[0], other[0])
+def test_programs_do_not_hold_the_data():
+    """Of constants XLA makes more constants, slowly and with alarms."""
+    case = Case(Kind.LOGISTIC)
 
+    def texts(repeats):
+        design = np.repeat(case.rows.design, repeats, axis=1)
+        rows = case.rows._replace(design=design, target=np.repeat(case.rows.target, repeats, 1))
+        folds = case.tasks._replace(
+            train=np.repeat(case.tasks.train, repeats, 1),
+            held_out=np.repeat(case.tasks.held_out, repeats, 1),
+        )
+        zero, index, logs = zero_weights(FOLDS + 1, rows), np.arange(4), np.zeros((2, 4))
+        matrices = curvatures(rows, folds, zero)
+        arguments = rows, folds, matrices, zero, logs, 1e-3
+        grid = jax.jit(search._scan).lower(*arguments).as_text()
+        engine = make_engine(rows, folds, matrices, index, RULES[0])
+        step = jax.jit(lambda engine, y, warm: engine(y, warm))
+        return grid, step.lower(engine, logs[0], bx.cold_start(zero)).as_text()
 
-def test_a_feature_that_does_not_vary_in_a_fold_has_weight_zero_there():
-    case = Case(Kind.RIDGE)
-    design = case.rows.design.copy()
-    design[2] = 0.3
-    design[2, case.held_out[1]] = 1.0  # varies in what fold 1 holds out, and in no other row
-    rows = case.rows._replace(design=design)
-    folds = splits.cross_validation(rows.features, case.held_out)
-    assert folds.variance[1, 2] == 1.0
-    evaluator = Evaluator(rows, folds, splits.everything(rows.features, 50))
-    losses = evaluator.evaluate(np.full((1, 4), np.log(1e-3)), 1e-12)
-    np.testing.assert_allclose(losses.weights[0, 1, 0, 2], 0, atol=1e-10)
-    assert losses.status[0] == bx.Status.CONVERGED
-
-
-def test_uneven_folds_weigh_the_same():
-    features = np.random.default_rng(0).normal(size=(7, 2))
-    folds = splits.cross_validation(features, splits.split(3, None, 7, 0))
-    np.testing.assert_allclose(folds.train.sum(axis=1), 1)
-    np.testing.assert_allclose(folds.held_out.sum(axis=1), 1)
-    assert sorted((folds.held_out > 0).sum(axis=1)) == [2, 2, 3]
-    assert not np.any((folds.train > 0) & (folds.held_out > 0))
+    for small, large in zip(texts(1), texts(100), strict=True):
+        assert len(large) < 1.1 * len(small)

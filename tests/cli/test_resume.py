@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bilevax.cli import main, tune, tuning
+from bilevax.cli import honest, main, task, tuning
 from bilevax.cli import predict as prediction
 
 RESULTS = {"model.json", "report.json", "report.html"}
@@ -49,6 +49,8 @@ def interrupt(*arguments, **options):
     ("options", "message"),
     [
         (["--rule", "jacobi"], "--rule was newton, is jacobi"),
+        (["--shrink", "2"], "--shrink was not given, is 2.0"),
+        (["--no-honest-score"], "--no-honest-score was not given, is given"),
         (["--seed", "4", "--cv", "3"], "--cv was 5, is 3; --seed was 0, is 4"),
         (["--model", "logistic"], "--model was ridge, is logistic"),
         (
@@ -88,6 +90,37 @@ def test_a_record_that_cannot_be_read_is_refused(folder, capsys):
     assert f"cannot --resume: {record} cannot be read; choose another" in capsys.readouterr().err
 
 
+def test_honest_scores_are_written_down(folder, tmp_path, monkeypatch):
+    def again(*arguments, **options):
+        raise AssertionError("scored again")
+
+    shutil.copytree(folder / "out", tmp_path / "out")
+    monkeypatch.setattr(honest, "score", again)
+    command = [*arguments(folder)[:-1], str(tmp_path / "out"), "--resume", "--steps", "2"]
+    assert main(command) in (0, 3)
+    reports = [
+        json.loads((out / "report.json").read_text()) for out in (folder / "out", tmp_path / "out")
+    ]
+    assert reports[0]["honest"] == reports[1]["honest"] is not None
+    (tmp_path / "out" / "checkpoints" / "honest.json").write_text("{}")
+    with pytest.raises(AssertionError, match="scored again"):
+        main([*command[:-1], "3"])
+
+
+def test_without_an_honest_score_the_tuned_penalties_are_written(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(honest, "score", None)
+    command = [*arguments(folder)[:-1], str(tmp_path), "--no-honest-score", "--shrink", "0.3"]
+    assert main([*command, "--steps", "3"]) in (0, 3)
+    report, model = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("report", "model")
+    )
+    assert report["honest"] is None and report["shrink"] == 0.3
+    assert report["outcome"]["written"] == "tuned"
+    tuned = report["penalties"]
+    assert model["penalties"] == [tuned["1"], tuned["1"], tuned["2"]] and tuned["1"] != tuned["2"]
+    assert "honest_score" not in report["seconds"]
+
+
 def test_files_of_another_name_steps_and_accuracy_may_change(folder, capsys, monkeypatch):
     monkeypatch.setattr(tuning, "search_grid", interrupt)
     shutil.copy(folder / "data.csv", folder / "copy.csv")
@@ -101,11 +134,11 @@ def test_files_of_another_name_steps_and_accuracy_may_change(folder, capsys, mon
 
 def test_a_changed_validation_file_is_refused(folder, tmp_path, capsys, monkeypatch):
     valid, command = tmp_path / "valid.csv", [*arguments(folder)[:-1], str(tmp_path / "out")]
-    command += ["--validation", str(valid)]
+    command += ["--validation", str(valid), "--no-honest-score"]
     shutil.copy(folder / "valid.csv", valid)
 
-    def save(*arguments, checkpoints, **options):
-        (checkpoints / "save_0").mkdir()
+    def save(*arguments):
+        (tmp_path / "out" / "checkpoints" / "save_0").mkdir()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tuning, "search_grid", lambda *arguments: None)
@@ -132,15 +165,15 @@ class TestWhatIsLeft:
         return main([*command[:-1], str(out), *more])
 
     def test_a_new_run_removes_old_results_before_its_first_step(self, folder, out, monkeypatch):
-        def start(*arguments, checkpoints, **options):
+        def start(*arguments):
             assert {path.name for path in out.iterdir()} == {"notes.txt", "checkpoints"}
-            record = json.loads((checkpoints / "run.json").read_text())
+            record = json.loads((out / "checkpoints" / "run.json").read_text())
             assert record["options"]["--rule"] == "newton"
             raise KeyboardInterrupt
 
         monkeypatch.setattr(tuning, "search_grid", lambda *arguments: None)
         monkeypatch.setattr(tuning, "tune", start)
-        assert self.tune(folder, out) == 130
+        assert self.tune(folder, out, "--no-honest-score") == 130
         assert {path.name for path in out.iterdir()} == {"notes.txt"}
 
     def test_a_run_that_is_refused_leaves_them(self, folder, out):
@@ -156,9 +189,9 @@ class TestWhatIsLeft:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("module", "command"), [(tune, "tune"), (prediction, "predict")])
+@pytest.mark.parametrize(("module", "command"), [(task, "tune"), (prediction, "predict")])
 def test_interrupted_while_reading(folder, capsys, monkeypatch, module, command, number):
-    monkeypatch.setattr(module, "read_table", lambda path: signal.raise_signal(number))
+    monkeypatch.setattr(module, "read_table", lambda *arguments: signal.raise_signal(number))
     monkeypatch.setattr(prediction, "read_model", lambda path: None)
     words = arguments(folder) if command == "tune" else ["predict", "model.json", "data.csv"]
     assert main(words) == 130

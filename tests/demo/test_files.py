@@ -38,7 +38,7 @@ def test_csv_may_have_quotes_spaces_blank_lines_and_a_byte_order_mark(write):
     rows = [f'{i}, "{2 * i}", {"1.0" if i % 2 else "1e1"}' for i in range(40)]
     table = read_table(write(['\ufeff"a, b", c ,"d"', "", *rows, ""]), "d")
     assert table.feature_names == ["a, b", "c"]
-    assert table.class_names == ["1", "10"]
+    assert table.class_names == ["1.0", "1e1"]
     np.testing.assert_array_equal(table.features[:, 1], 2 * np.arange(40))
     np.testing.assert_array_equal(table.labels, np.arange(40) % 2 == 0)
 
@@ -49,9 +49,21 @@ def test_numeric_classes_are_sorted_as_numbers(write):
     np.testing.assert_array_equal(table.labels, np.arange(40) % 4)
 
 
-def test_large_numbers_are_classes_of_their_own(write):
-    table = read_table(write(csv_lines(target=lambda i: str(12345670 + i % 2))), "answer")
-    assert table.class_names == ["12345670", "12345671"]
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["12345670", "12345671"],
+        ["12345678901234567890", "12345678901234567891"],
+        ["01", "1", "1.0"],
+        ["1e400", "2e500"],
+    ],
+)
+def test_numbers_stay_the_texts_that_they_are(write, names):
+    table = read_table(write(csv_lines(target=lambda i: names[i % len(names)])), "answer")
+    assert table.class_names == names
+    lines = [f"{names[i % len(names)]} 1:{i} 2:{i % 7}" for i in range(40)]
+    if "1e400" not in names:  # a target that is not finite
+        assert read_table(write(lines, "data.svm"), None).class_names == names
 
 
 def test_classes_are_in_natural_order(write):

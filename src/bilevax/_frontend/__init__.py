@@ -1,4 +1,4 @@
 """What the command line and the demo share: words for messages, options, files, figures.
 
-Not imported by the library itself: `svmlight` needs scikit-learn and `axes` Matplotlib.
+Not imported by the library itself: `axes` needs Matplotlib.
 """

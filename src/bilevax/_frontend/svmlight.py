@@ -1,20 +1,76 @@
-"""What is wrong with a svmlight file."""
+"""Reading svmlight (LIBSVM) files: 'label index:value index:value ...' on each line."""
 
-from bilevax._frontend.words import is_number, quote
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from bilevax._frontend.words import counted, is_number, quote
 
 
-def find_fault(text: str) -> str | None:
-    """Say which line of a svmlight file is wrong, in the user's words, not in the reader's."""
+class FormatError(ValueError):
+    """A file is not what it should be; the message says where, in the user's words."""
+
+
+class Sparse(NamedTuple):
+    """The lines of a file.
+
+    Attributes:
+      labels: the texts in front, which are numbers.
+      rows: (entries,), the row of each entry.
+      indices: (entries,), its index as written.
+      values: (entries,).
+    """
+
+    labels: list[str]
+    rows: np.ndarray
+    indices: np.ndarray
+    values: np.ndarray
+
+    def dense(self, first: int, limit: int) -> np.ndarray:
+        """Return all entries, zeros too, (rows, columns); the index of the first column is given.
+
+        Raises:
+          FormatError: if they are more than the limit.
+        """
+        rows, columns = len(self.labels), int(self.indices.max(initial=first - 1)) + 1 - first
+        if rows * columns > limit:
+            raise FormatError(
+                f"has {counted(rows, 'row')} and {counted(columns, 'feature')}, too many: at most "
+                f"{limit} numbers are kept in memory"
+            )
+        features = np.zeros((rows, columns))
+        features[self.rows, self.indices - first] = self.values
+        return features
+
+
+def parse(text: str) -> Sparse:
+    """Read the text of a file.
+
+    Raises:
+      FormatError: if a line is wrong.
+    """
+    labels: list[str] = []
+    rows, keys, values = [], [], []
     for number, line in enumerate(text.split("\n"), start=1):
-        label, *pairs = line.partition("#")[0].split() or ["0"]
+        label, *pairs = line.partition("#")[0].split() or [""]
+        if not label:
+            continue
         if pairs and pairs[0].startswith("qid:"):
             pairs = pairs[1:]
-        keys, values = [pair.partition(":")[0] for pair in pairs], [label]
-        values += [pair.partition(":")[2] for pair in pairs]
-        whole = all(key.isdecimal() and len(key) < 10 for key in keys)
-        if not whole or not all(map(is_number, values)):
-            return f"line {number} is {quote(line)}, expected 'label index:value index:value ...'"
-        indices = [int(key) for key in keys]
-        if indices != sorted(set(indices)):
-            return f"the indices in line {number} must increase, got {quote(line)}"
-    return None
+        here, cells = [], []
+        for pair in pairs:
+            key, _, cell = pair.partition(":")
+            here.append(int(key) if key.isdecimal() and len(key) < 10 else -1)
+            cells.append(cell)
+        if -1 in here or not all(map(is_number, [label, *cells])):
+            raise FormatError(
+                f"line {number} is {quote(line)}, expected 'label index:value index:value ...'"
+            )
+        if any(a >= b for a, b in itertools.pairwise(here)):
+            raise FormatError(f"the indices in line {number} must increase, got {quote(line)}")
+        rows.extend([len(labels)] * len(here))
+        keys.extend(here)
+        values.extend(map(float, cells))
+        labels.append(label)
+    return Sparse(labels, np.array(rows, int), np.array(keys, int), np.array(values, float))

@@ -1,6 +1,7 @@
 """Names from a user's data, made fit for a message in one line."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -40,7 +41,16 @@ def is_number(cell: str) -> bool:
         float(cell)
     except ValueError:
         return False
-    return True
+    return "_" not in cell  # which are Python's, as in 1_000
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return texts in the order of people: by size if all are numbers, else natural; never merged.
+
+    As numbers, 1 and 01, or two ids of 20 digits, would be one.
+    """
+    distinct = sorted(set(names), key=natural)
+    return sorted(distinct, key=float) if all(map(is_number, distinct)) else distinct
 
 
 def natural(name: str) -> tuple[list[Any], str]:
@@ -53,8 +63,8 @@ def natural(name: str) -> tuple[list[Any], str]:
 
 
 def other_separator(line: str) -> str | None:
-    """Return the name of what separates a header line without commas, if it is that."""
+    """Return the name of what separates a header line rather than commas, if it is that."""
     for separator, word in {";": "semicolons", "\t": "tabs", "|": "bars"}.items():
-        if separator in line:
+        if line.count(separator) > line.count(","):
             return word
     return None

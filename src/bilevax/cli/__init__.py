@@ -5,13 +5,17 @@ It needs the extra `bilevax[cli]`. The modules, in the order in which to read th
     choices        what a user can choose
     options        the options and their help
     files          CSV, Parquet and LIBSVM files
-    data           checks, classes and standardising
+    data           checks and classes
+    rows           standardised rows
     penalties      which features share a penalty
     folds          which rows train and which are held out
+    task           all of this, read and checked before JAX is imported
     model          the losses, and the inner objective with its penalties
     preconditioner what makes fits take few products
     search         the bilevel problem of all folds, and the loss of given penalties
     tuning         a grid over one penalty, then steps on hypergradients
+    honest         scores by rows that had no part in the choice of the penalties
+    schema         what the entries of model.json must be
     fitted         the fitted model: model.json, and its predictions
     report         report.json and the table on the terminal
     figures        the figures of the report
@@ -32,7 +36,6 @@ _EXTRA = {
     "orbax": "orbax-checkpoint",
     "pandas": "pandas",
     "pyarrow": "pyarrow",
-    "sklearn": "scikit-learn",
     "tqdm": "tqdm",
 }
 _missing = [package for module, package in _EXTRA.items() if find_spec(module) is None]

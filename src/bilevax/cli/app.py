@@ -33,12 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: Namespace) -> int:
-    # Imported only here: pandas, scikit-learn, Matplotlib and Orbax take seconds. Neither --help
-    # nor a wrong option should wait for them, and Ctrl-C meanwhile should be no traceback.
+    # Imported only here: pandas, JAX, Matplotlib and Orbax take seconds. Neither --help nor a wrong
+    # option should wait for them, nor wrong data for more than pandas; and Ctrl-C meanwhile should
+    # be no traceback.
     if options.command == "tune":
+        from bilevax.cli.task import read_task
+
+        task = read_task(options)
+
         from bilevax.cli.tune import tune
 
-        return tune(options)
+        return tune(options, task)
     from bilevax.cli.predict import predict
 
     return predict(options)

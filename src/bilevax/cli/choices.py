@@ -4,6 +4,7 @@ import enum
 
 PENALTIES = ("single", "per-feature")  # or the name of a file
 RULES = ("implicit", "newton", "jacobi")
+SHRINKS = (1.0, 0.1, 0.01, 0.0)  # from strong to weak, for runs go on from each other
 LOWEST, HIGHEST = 1e-5, 1e3  # of penalties; beyond, losses hardly change
 
 # What stands for a missing value in a CSV file, besides an empty cell: what pandas takes for it,

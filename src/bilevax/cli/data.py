@@ -1,4 +1,4 @@
-"""Checks, classes and standardising: from a table to what is fitted."""
+"""Checks and classes: from a table to numbers."""
 
 import difflib
 from typing import NamedTuple
@@ -7,10 +7,18 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
-from bilevax._frontend.words import DataError, counted, is_number, natural, quote, shorten
+from bilevax._frontend.numbers import varies
+from bilevax._frontend.words import (
+    DataError,
+    counted,
+    in_order,
+    is_number,
+    one_line,
+    quote,
+    shorten,
+)
 from bilevax.cli.choices import MISSING, Kind
 from bilevax.cli.files import Table
-from bilevax.cli.model import Rows, score_basis
 
 _MISSING = f"{shorten(list(MISSING), 8)} (see bilevax tune --help)"
 
@@ -31,22 +39,6 @@ class Data(NamedTuple):
     target: np.ndarray
     classes: list[str] | None
     dropped: list[str]
-
-
-class Scaling(NamedTuple):
-    """Means and standard deviations of the training rows.
-
-    Attributes:
-      means: (features,).
-      scales: (features,).
-      target_mean: zero for classes.
-      target_scale: one for classes.
-    """
-
-    means: np.ndarray
-    scales: np.ndarray
-    target_mean: float
-    target_scale: float
 
 
 def feature_names(table: Table, target: str | None) -> list[str]:
@@ -94,15 +86,15 @@ def prepare(table: Table, target: str | None, kind: Kind) -> Data:
         classes, values = None, _quantity(table, column)
     else:
         labels = _labels(column)
-        classes = _order(labels)
+        classes = in_order(labels)
         values = _class_indices(table, labels, classes)
         _check_classes(table, classes, kind)
-    varies = features.max(axis=0) > features.min(axis=0)
-    if not varies.any():
+    kept = varies(features)
+    if not kept.any():
         raise DataError(f"no feature of {table.path} varies")
-    kept = [name for name, keep in zip(names, varies, strict=True) if keep]
-    dropped = [name for name, keep in zip(names, varies, strict=True) if not keep]
-    return Data(kept, features[:, varies], values, classes, dropped)
+    fitted = [name for name, keep in zip(names, kept, strict=True) if keep]
+    dropped = [name for name, keep in zip(names, kept, strict=True) if not keep]
+    return Data(fitted, features[:, kept], values, classes, dropped)
 
 
 def prepare_validation(table: Table, target: str | None, data: Data) -> Data:
@@ -179,38 +171,6 @@ def numbers(table: Table, names: list[str]) -> np.ndarray:
     return values
 
 
-def standardise(data: Data) -> Scaling:
-    """Return the means and scales of the rows.
-
-    Raises:
-      DataError: if a column is too large for them.
-    """
-    with np.errstate(all="ignore"):  # what overflows here is refused below
-        means, scales = data.features.mean(axis=0), data.features.std(axis=0)
-        target_mean, target_scale = data.target.mean(), data.target.std()
-    if data.classes is not None:
-        target_mean, target_scale = 0.0, 1.0
-    columns = zip([*data.names, "the target"], [*scales, target_scale], strict=True)
-    bad = [quote(name) for name, scale in columns if not (np.isfinite(scale) and scale > 0)]
-    if bad:
-        raise DataError(
-            f"the standard deviation of {shorten(bad)} overflows or vanishes; rescale the column"
-        )
-    return Scaling(means, scales, float(target_mean), float(target_scale))
-
-
-def as_rows(data: Data, scaling: Scaling, kind: Kind) -> Rows:
-    """Return the standardised rows, as the losses take them."""
-    features = (data.features - scaling.means) / scaling.scales
-    design = np.concatenate([features.T, np.ones((1, len(features)))])
-    if data.classes is None:
-        target = (data.target - scaling.target_mean) / scaling.target_scale
-        return Rows(design, target[None], None)
-    classes = np.arange(len(data.classes))
-    target = (classes[:, None] == data.target).astype(np.float64)
-    return Rows(design, target, score_basis(kind, len(classes)))
-
-
 def _target(table: Table, target: str | None) -> pd.Series:
     column = pd.Series(table.columns[target]) if table.target is None else table.target
     gaps = column.isna().to_numpy()[:, None]
@@ -229,7 +189,8 @@ def _example(column: pd.Series) -> str:
 
 
 def _quantity(table: Table, column: pd.Series) -> np.ndarray:
-    if not is_numeric_dtype(column) or is_bool_dtype(column):
+    is_text = not is_numeric_dtype(column) and not all(is_number(str(cell)) for cell in column)
+    if is_text or is_bool_dtype(column):
         raise DataError(
             f"the target of {table.path} is not a number (for example {_example(column)}); "
             "ridge predicts numbers, use --model logistic or multinomial for classes"
@@ -237,21 +198,19 @@ def _quantity(table: Table, column: pd.Series) -> np.ndarray:
     values = column.to_numpy(dtype=np.float64)
     if not np.isfinite(values).all():
         raise DataError(f"the target of {table.path} has infinite values; remove these rows")
-    if values.min() == values.max():
+    if not varies(values[:, None])[0]:
         raise DataError(f"the target of {table.path} is {values[0]:g} in all rows")
     return values
 
 
 def _labels(column: pd.Series) -> list[str]:
-    """Return the classes as texts; 1 and 1.0 are one class."""
-    if is_numeric_dtype(column) and not is_bool_dtype(column):
-        return [f"{value:.15g}" for value in column.to_numpy(dtype=np.float64)]
-    return [str(value) for value in column]
-
-
-def _order(labels: list[str]) -> list[str]:
-    distinct = set(labels)
-    return sorted(distinct, key=float if all(map(is_number, distinct)) else natural)
+    """Return the classes as texts, which they stay; a whole number has no point."""
+    cells = column.tolist()
+    whole = [isinstance(cell, float) and cell.is_integer() for cell in cells]
+    return [
+        str(int(cell)) if is_whole else one_line(str(cell))
+        for cell, is_whole in zip(cells, whole, strict=True)
+    ]
 
 
 def _class_indices(table: Table, labels: list[str], classes: list[str]) -> np.ndarray:

@@ -39,10 +39,11 @@ def plot_penalties(study: Study) -> Figure:
     figure, axes = one_axes(7, 1.4 + 0.2 * len(named))
     shown, rows = values[named], np.arange(len(named))
     colors = np.where(shown < start, DARK, LIGHT)
+    axes.set_xscale("log")
+    # First, for bars that are all of no length have no limits of their own.
+    axes.set_xlim(min(shown.min(), start) / 1.5, max(shown.max(), start) * 1.5)
     axes.barh(rows, shown - start, left=start, color=colors, height=0.75)
     axes.axvline(start, color=ORANGE, lw=1.5, label="best single penalty")
-    axes.set_xscale("log")
-    axes.set_xlim(min(shown.min(), start) / 1.5, max(shown.max(), start) * 1.5)
     label_logarithm(axes.xaxis)
     axes.set_yticks(rows, [plain(study.penalties.names[i]) for i in named], fontsize=8)
     axes.set_ylim(-0.7, len(named) - 0.3)

@@ -1,15 +1,18 @@
 """Reading CSV, Parquet and LIBSVM files, with a clear error for whatever is wrong."""
 
+import csv
 import re
+import warnings
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from sklearn.datasets import load_svmlight_file
 
-from bilevax._frontend.svmlight import find_fault
+from bilevax._frontend.records import Record, records
+from bilevax._frontend.svmlight import FormatError, parse
 from bilevax._frontend.words import (
     DataError,
     counted,
@@ -48,15 +51,21 @@ class Table(NamedTuple):
         rows = wrong.argmax(axis=0)
         if not self.is_csv:
             return [f"the first in row {row + 1}" for row in rows]
-        with self.path.open(encoding="utf-8-sig") as file:
-            # Blank lines are left out, but where they are the missing values of one column.
-            is_single = self.columns.shape[1] == 1
-            numbers = [i for i, line in enumerate(file, start=1) if is_single or line.strip()]
-        return [f"the first in line {numbers[row + 1]}" for row in rows]  # after the header
+        # Blank lines are left out, but where they are the missing values of one column.
+        is_single = self.columns.shape[1] == 1
+        lines = [r.line for r in _records(self.path) if is_single or not r.is_blank]
+        return [f"the first in line {lines[row + 1]}" for row in rows]  # after the header
 
 
-def read_table(path: Path) -> Table:
+def read_table(
+    path: Path, texts: Collection[str] = (), missing: Collection[str] = MISSING
+) -> Table:
     """Read a file; its extension says what it is.
+
+    Args:
+      path: the file.
+      texts: columns of a CSV file that stay texts, whatever they look like.
+      missing: what stands for a missing value in a CSV file, besides an empty cell.
 
     Raises:
       DataError: if it cannot be read, or its columns cannot be told apart.
@@ -72,7 +81,7 @@ def read_table(path: Path) -> Table:
             raise DataError(f"there is no file {path}")
         if suffix in LIBSVM:
             return _read_libsvm(path)
-        table = _read_csv(path) if suffix in CSV else _read_parquet(path)
+        table = _read_csv(path, texts, missing) if suffix in CSV else _read_parquet(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -96,7 +105,7 @@ def read_groups(path: Path, names: list[str]) -> dict[str, str]:
         raise DataError(
             f"--penalty must be single, per-feature or a CSV file, got {quote(str(path))}"
         )
-    table = read_table(path)
+    table = read_table(path, ("feature", "group"), missing=())
     columns = table.columns
     lacking = [quote(name) for name in ("feature", "group") if name not in columns]
     if lacking:
@@ -121,23 +130,53 @@ def read_groups(path: Path, names: list[str]) -> dict[str, str]:
     return dict(zip(features, groups, strict=True))
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    options: dict[str, Any] = {"encoding": "utf-8-sig", "skipinitialspace": True}
+def _records(path: Path) -> list[Record]:
     try:
-        # Not by pandas' own header, which renames columns of the same name; and with a second line,
-        # for a first one that is too short would make pandas drop columns.
-        head = pd.read_csv(path, header=None, nrows=2, dtype=str, na_filter=False, **options)
-        names = [one_line(name) for name in head.iloc[0]]
-        _check_header(path, names, str(head.iloc[0, 0]))
-        options |= {"header": 0, "names": names, "index_col": False, "low_memory": False}
-        # In one column a blank line is no line to leave out: it is a missing value.
-        options |= {"skip_blank_lines": len(names) > 1}
-        return pd.read_csv(path, keep_default_na=False, na_values=["", *MISSING], **options)
-    except pd.errors.EmptyDataError:
-        raise DataError(f"{path} is empty") from None
-    except pd.errors.ParserError as error:
-        fault = re.sub(r".*C error: ", "", one_line(str(error)))
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return list(records(file))
+    except csv.Error as error:
+        raise DataError(f"{path} is not a valid CSV file: {error}") from None
+
+
+def _read_csv(path: Path, texts: Collection[str], missing: Collection[str]) -> pd.DataFrame:
+    # Not by pandas' own header, which renames columns of the same name.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            header = next((r.cells for r in records(file) if not r.is_blank), None)
+        except csv.Error as error:
+            raise DataError(f"{path} is not a valid CSV file: {error}") from None
+    if header is None:
+        raise DataError(f"{path} is empty")
+    names = [one_line(name) for name in header]
+    _check_header(path, names, header[0])
+    options: dict[str, Any] = {"encoding": "utf-8-sig", "skipinitialspace": True}
+    options |= {"header": 0, "names": names, "index_col": False, "low_memory": False}
+    # In one column a blank line is no line to leave out: it is a missing value.
+    options |= {"skip_blank_lines": len(names) > 1, "keep_default_na": False}
+    gaps, kept = ["", *missing], [name for name in names if name in texts]
+    options |= {"na_values": gaps, "dtype": dict.fromkeys(kept, str)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # that cells are left out
+            table = pd.read_csv(path, **options)
+    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        fault = _find_fault(path, header) or re.sub(r".*C error: ", "", one_line(str(error)))
         raise DataError(f"{path} is not a valid CSV file: {fault}") from None
+    for name in kept:  # 'yes' and 'yes ' look alike
+        cells = table[name].map(one_line, na_action="ignore")
+        table[name] = cells.where(~cells.isin(gaps))
+    return table
+
+
+def _find_fault(path: Path, header: list[str]) -> str | None:
+    """Say which line has too many cells: pandas counts records, and some of them span lines."""
+    for record in _records(path):
+        if len(record.cells) > len(header):
+            found = f"Expected {len(header)} fields in line {record.line}, saw {len(record.cells)}"
+            if separator := other_separator(",".join(header)):
+                found += f" (is it separated by {separator}?)"
+            return found
+    return None
 
 
 def _check_header(path: Path, names: list[str], first: str) -> None:
@@ -176,24 +215,21 @@ def _read_libsvm(path: Path) -> Table:
     if not any(line.partition("#")[0].strip() for line in text.split("\n")):
         raise DataError(f"{path} is empty")
     try:
-        # Without a guess of the first index, which could differ between two files of one kind.
-        features, target = load_svmlight_file(str(path), dtype=np.float64, zero_based=True)[:2]  # type: ignore[arg-type]
-    except (ValueError, OverflowError) as error:
-        fault = find_fault(text) or str(error)
-        raise DataError(f"{path} is not a valid LIBSVM file: {fault}") from None
-    if features[:, :1].nnz:
+        sparse = parse(text)
+    except FormatError as error:
+        raise DataError(f"{path} is not a valid LIBSVM file: {error}") from None
+    # Without a guess of the first index, which could differ between two files of one kind.
+    if 0 in sparse.indices:
         raise DataError(f"{path} has an index 0; the indices of a LIBSVM file start at 1")
-    features = features[:, 1:]
-    rows, columns = features.shape
-    if rows * columns > MAX_ENTRIES:
-        raise DataError(
-            f"{path} has {counted(rows, 'row')} and {counted(columns, 'feature')}, too many: "
-            f"at most {MAX_ENTRIES} numbers are kept in memory"
-        )
+    try:
+        features = sparse.dense(first=1, limit=MAX_ENTRIES)
+    except FormatError as error:
+        raise DataError(f"{path} {error}") from None
+    columns = features.shape[1]
     if not columns:
         raise DataError(f"{path} has no features")
     names = libsvm_names(columns)
-    return Table(path, pd.DataFrame(features.toarray(), columns=names), pd.Series(target))
+    return Table(path, pd.DataFrame(features, columns=names), pd.Series(sparse.labels, dtype=str))
 
 
 def libsvm_names(count: int) -> list[str]:

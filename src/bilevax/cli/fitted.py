@@ -1,6 +1,5 @@
 """A fitted model: model.json, and its predictions."""
 
-import json
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,12 +8,11 @@ import numpy as np
 import pandas as pd
 from scipy.special import softmax
 
-from bilevax._frontend.words import DataError, quote
+from bilevax._frontend.words import DataError
 from bilevax.cli.choices import Kind
-from bilevax.cli.data import Data, Scaling
-from bilevax.cli.model import Rows
-
-_FORMAT = "bilevax model 1"
+from bilevax.cli.data import Data
+from bilevax.cli.rows import Rows, Scaling
+from bilevax.cli.schema import FORMAT, Content
 
 
 class Fitted(NamedTuple):
@@ -44,13 +42,24 @@ class Fitted(NamedTuple):
     intercepts: np.ndarray
 
     def predict(self, features: np.ndarray) -> pd.DataFrame:
-        """Return predictions for rows of features in the user's units."""
+        """Return predictions for rows of features in the user's units.
+
+        Raises:
+          DataError: if a feature is so far from those of the training rows that numbers overflow.
+        """
         scaling = self.scaling
-        standardised = (features - scaling.means) / scaling.scales
-        scores = standardised @ self.coefficients.T + self.intercepts
+        with np.errstate(all="ignore"):  # what overflows here is refused below
+            standardised = (features - scaling.means) / scaling.scales
+            scores = standardised @ self.coefficients.T + self.intercepts
+            scores = scores * scaling.target_scale + scaling.target_mean
+        wrong = ~np.isfinite(scores).all(axis=1)
+        if wrong.any():
+            raise DataError(
+                f"the prediction of row {wrong.argmax() + 1} overflows: its features are too far "
+                "from those that the model was trained on"
+            )
         if self.classes is None:
-            values = scores[:, 0] * scaling.target_scale + scaling.target_mean
-            return pd.DataFrame({"prediction": values})
+            return pd.DataFrame({"prediction": scores[:, 0]})
         logits = np.hstack([np.zeros_like(scores), scores]) if scores.shape[1] == 1 else scores
         columns = {"prediction": np.array(self.classes)[logits.argmax(axis=1)]}
         for name, probability in zip(self.classes, softmax(logits, axis=1).T, strict=True):
@@ -95,7 +104,7 @@ def to_json(model: Fitted) -> dict[str, Any]:
     coefficients, intercepts = model.original()
     scaling = model.scaling
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "version": metadata.version("bilevax"),
         "model": model.kind.value,
         "target": model.target,
@@ -126,54 +135,15 @@ def read_model(path: Path) -> Fitted:
     Raises:
       DataError: if the file is not one.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"there is no file {path}") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:  # no JSON, or no text
-        raise DataError(f"{path} is not a model: it is not a JSON file") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise DataError(
-            f"{path} is not a model: its format is not {quote(_FORMAT)}; give the model.json that "
-            "bilevax tune wrote"
-        )
-    try:
-        return _from_json(content)
-    except (KeyError, TypeError, ValueError) as error:
-        fault = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path} is not a whole model: {fault}") from None
-
-
-def _from_json(content: dict[str, Any]) -> Fitted:
-    preprocessing, standardised = content["preprocessing"], content["standardised"]
-    model = Fitted(
-        Kind(content["model"]),
-        content["target"],
-        content["classes"],
-        content["features"],
-        content["constant_features"],
-        Scaling(
-            np.array(preprocessing["means"], dtype=float),
-            np.array(preprocessing["scales"], dtype=float),
-            float(preprocessing["target_mean"]),
-            float(preprocessing["target_scale"]),
-        ),
-        np.array(content["penalties"], dtype=float),
-        np.array(standardised["coefficients"], dtype=float),
-        np.array(standardised["intercepts"], dtype=float),
+    found = Content(path)
+    return Fitted(
+        found.kind,
+        found.target,
+        found.classes,
+        found.features,
+        found.dropped,
+        Scaling(found.means, found.scales, found.target_mean, found.target_scale),
+        found.penalties,
+        found.coefficients,
+        found.intercepts,
     )
-    count = len(model.features)
-    outputs = len(model.classes or [None]) if model.kind is Kind.MULTINOMIAL else 1
-    shapes = {
-        "means": (model.scaling.means, (count,)),
-        "scales": (model.scaling.scales, (count,)),
-        "penalties": (model.penalties, (count,)),
-        "coefficients": (model.coefficients, (outputs, count)),
-        "intercepts": (model.intercepts, (outputs,)),
-    }
-    for name, (value, shape) in shapes.items():
-        if value.shape != shape:
-            raise ValueError(f"its {name} have the shape {value.shape}, expected {shape}")
-    return model

@@ -39,6 +39,8 @@ def identify(
             "--validation": None if options.validation is None else "FILE",
             "--cv": None if options.validation else options.cv,
             "--rule": options.rule,
+            "--shrink": options.shrink,
+            "--no-honest-score": None if options.honest_score else "given",
             "--seed": options.seed,
         },
         "data": train,

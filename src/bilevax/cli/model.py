@@ -1,51 +1,14 @@
 """The models: a loss per row, and the inner objective with its penalties.
 
 The inner variable are weights, (columns, features + 1): a row for each score, with the coefficients
-of standardised features and, in the last place, the intercept. Rows of data are the last axis of
-all arrays here, which makes products with them fast.
+of standardised features and, in the last place, the intercept.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevax.cli.choices import Kind
-
-
-class Rows(NamedTuple):
-    """All rows, as the losses take them.
-
-    Attributes:
-      design: (features + 1, rows), standardised features, and ones for the intercept.
-      target: (1, rows), the standardised target of ridge; (classes, rows), one for the class of a
-        row, elsewhere zero.
-      basis: (classes, columns), by which scores become logits; None for ridge.
-    """
-
-    design: np.ndarray
-    target: np.ndarray
-    basis: np.ndarray | None
-
-    @property
-    def features(self) -> np.ndarray:
-        """The standardised features, (rows, features)."""
-        return self.design[:-1].T
-
-
-def score_basis(kind: Kind, classes: int) -> np.ndarray:
-    """Return what turns scores into logits, (classes, columns).
-
-    Two classes of a logistic regression have one column, the log-odds of the second. The logits of
-    a multinomial one count up to a constant, and a penalty shared by all classes makes their
-    coefficients sum to zero. So there is an orthonormal basis of what sums to zero: the penalty is
-    the same in it, and the Hessian has no null space.
-    """
-    if kind is Kind.LOGISTIC:
-        return np.array([[0.0], [1.0]])
-    spanning = np.hstack([np.ones((classes, 1)), np.eye(classes)[:, 1:]])
-    return np.linalg.qr(spanning)[0][:, 1:]
+from bilevax.cli.rows import Rows
 
 
 def row_losses(weights: jax.Array, rows: Rows) -> jax.Array:

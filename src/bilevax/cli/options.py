@@ -9,7 +9,7 @@ from typing import Any
 
 from bilevax._frontend.options import at_least, folder
 from bilevax._frontend.words import clip, one_line
-from bilevax.cli.choices import HIGHEST, LOWEST, MISSING, RULES, Kind
+from bilevax.cli.choices import HIGHEST, LOWEST, MISSING, RULES, SHRINKS, Kind
 
 _CSV = textwrap.fill(
     "a first line with the names of the columns, commas between the columns, numbers in every "
@@ -19,6 +19,7 @@ _CSV = textwrap.fill(
     initial_indent="  .csv".ljust(30),
     subsequent_indent=30 * " ",
 )
+_SHRINKS = ", ".join(f"{part:g}" for part in SHRINKS)
 _FILES = f"""\
 data files, told apart by their extension:
 {_CSV}
@@ -61,11 +62,22 @@ LogisticRegression(C) has C = 1 / (rows * penalty).
 
 What is minimised is the mean over folds of the mean loss of the rows that a fold holds out:
 squared error for ridge, in the unit of the target squared, and cross entropy in nats for
-classes. Folds are those of scikit-learn's KFold and, for classes, StratifiedKFold, shuffled with
---seed; each one standardises by its own training rows. Best single penalty first, by a grid; from
-there on all penalties, between {LOWEST:g} and {HIGHEST:g}, by steps on hypergradients. Last, a fit
-to all rows of DATA. The loss of many penalties flatters, for it is what was minimised: judge the
-model by other rows.
+classes. Folds are drawn with --seed, with each class in equal shares; each one standardises by its
+own training rows. Best single penalty first, by a grid; from there on all penalties, between
+{LOWEST:g} and {HIGHEST:g}, by steps on hypergradients. Last, a fit to all rows of DATA.
+
+That loss flatters, for it is what was minimised. The honest score does not: the whole search is
+made again without the rows of each fold (with --validation, of each fifth of its rows), which then
+judge what it has found. The honest loss of the tuned penalties is higher or lower than that of the
+best single one, with a spread: two standard errors of the mean difference over rows. The tuned
+penalties are written only if they are better by more than the spread, else the best single one.
+
+Many penalties on few rows run away. --shrink PART adds to what is minimised
+
+  PART * (loss of the best single penalty) * 1/2 mean over penalties of (log ratio to it)^2
+
+and where it is not given, {_SHRINKS} are tried in the nested searches, and the strongest is
+taken that is not worse than the best of them by more than the spread.
 
 {_FILES}
 
@@ -74,16 +86,18 @@ A column that is constant is left out, with a note."""
 _TUNE_END = """\
 in the folder OUT:
   model.json    coefficients and intercepts, of standardised features and in the units of the
-                data; penalties, means, scales, names of features and classes
-  report.json   everything: settings; losses in each fold; history of the steps, whose losses
-                are those of fits that end early; seconds of this command, whose
-                parts sum up to the total
+                data; penalties, means, scales, names of features and classes: those of the tuned
+                penalties, or of the best single one
+  report.json   everything: settings; losses in each fold; honest scores; history of the steps,
+                whose losses are those of fits that end early, with the pull of --shrink;
+                seconds of this command, whose parts sum up to the total
   report.html   the same to look at, in one file
   checkpoints/  states of a run that is not finished, saved each minute
 
 A new run replaces the results of an earlier one in OUT. While OUT/checkpoints has a run that is
 not finished, a new one is refused: go on with --resume, or remove OUT/checkpoints. With --resume
-only --steps and --accuracy may change; other options and other data are refused.
+only --steps and --accuracy may change; other options and other data are refused. Honest scores are
+not made again.
 
 exit codes:
   0    done
@@ -166,6 +180,19 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         "they are never trained on",
     )
     add(
+        "--shrink",
+        type=_strength,
+        metavar="PART",
+        help="how strongly log penalties are pulled towards the best single one, see above "
+        "(default: of some, what the honest score finds surely best; with --no-honest-score, 0)",
+    )
+    add(
+        "--no-honest-score",
+        dest="honest_score",
+        action="store_false",
+        help="skip the honest score, which takes most of the time; what is tuned is written then",
+    )
+    add(
         "--rule",
         choices=RULES,
         default=RULES[0],
@@ -175,7 +202,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     add(
         "--accuracy",
         type=_part,
-        default=1e-2,
+        default=5e-2,
         metavar="PART",
         help="stop when the norm of the projected gradient has fallen to this part of its first "
         "value (default: %(default)s)",
@@ -218,4 +245,14 @@ def _part(text: str) -> float:
         raise argparse.ArgumentTypeError(f"must be a number, got {clip(text)!r}") from None
     if not 0 < number < 1:  # NaN too
         raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {clip(text)}")
+    return number
+
+
+def _strength(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {clip(text)!r}") from None
+    if not 0 <= number < float("inf"):  # NaN too
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {clip(text)}")
     return number

@@ -9,6 +9,7 @@ from pathlib import Path
 from bilevax._frontend.words import DataError
 from bilevax.cli.identity import FILE
 
+SCORES = "honest.json"  # next to the checkpoints, for a run that goes on
 RESULTS = ("model.json", "report.json", "report.html")
 
 
@@ -45,7 +46,7 @@ def begin(out: Path, identity: str) -> None:
         for name in RESULTS:
             (out / name).unlink(missing_ok=True)
         checkpoints(out).mkdir()
-        _write(checkpoints(out) / FILE, identity)
+        write(checkpoints(out) / FILE, identity)
 
 
 def clear(out: Path) -> None:
@@ -61,11 +62,12 @@ def finish(out: Path, results: dict[str, str]) -> None:
     """Write the results, texts by the names of their files."""
     with _explained(out):
         for name, text in results.items():
-            _write(out / name, text)
+            write(out / name, text)
 
 
-def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f"{path.name}.tmp")  # so that no file is ever half written
+def write(path: Path, text: str) -> None:
+    """Write a file that is never half written."""
+    draft = path.with_name(f"{path.name}.tmp")
     draft.write_text(text + "\n", encoding="utf-8")
     draft.replace(path)
 

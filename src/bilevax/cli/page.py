@@ -3,6 +3,8 @@
 import base64
 import html
 import io
+import logging
+import warnings
 from string import Template
 
 from matplotlib.figure import Figure
@@ -35,12 +37,22 @@ $sections
 
 
 _INEXACT = """
-<p>The losses of the steps are those of fits that end early. They may be above or below the accurate
-ones, so the curve need not start on the line. The losses in the table are accurate.</p>"""
+<p>The losses of the steps are those of fits that end early, with the pull of --shrink. They may be
+above or below the accurate ones, so the curve need not start on the line. The losses in the table
+are accurate, and without the pull.</p>"""
 
 
 def write_page(study: Study) -> str:
     """Return the text of report.html."""
+    # What Matplotlib has to say of letters that its font lacks, or of a first start that takes
+    # long, is nothing for a terminal.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _write_page(study)
+
+
+def _write_page(study: Study) -> str:
     many = len(study.penalties.names) > MAX_NAMES
     half = f"the {MAX_NAMES // 2} weakest and strongest of {len(study.penalties.names)}"
     figures = [

@@ -19,6 +19,11 @@ class Penalties(NamedTuple):
     names: list[str]
     positions: np.ndarray
 
+    @property
+    def is_single(self) -> bool:
+        """Whether all features share one."""
+        return len(self.names) == 1
+
 
 def read_penalties(choice: str, features: list[str], kept: list[str]) -> Penalties:
     """Return the penalties for single, per-feature or the name of a CSV file.

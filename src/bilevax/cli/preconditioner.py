@@ -16,7 +16,7 @@ import numpy as np
 from scipy.special import softmax
 
 from bilevax.cli.folds import Folds
-from bilevax.cli.model import Rows
+from bilevax.cli.rows import Rows
 
 # Of rows that the given weights are sure of: at other weights they may not be.
 _LEAST_CURVATURE = 1e-4

@@ -1,5 +1,8 @@
 """report.json, and the table on the terminal."""
 
+import contextlib
+import time
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -9,9 +12,11 @@ import bilevax as bx
 from bilevax._frontend.json import plain
 from bilevax._frontend.words import clip, counted
 from bilevax.cli.choices import HIGHEST, LOWEST, Kind
-from bilevax.cli.data import Data, Scaling
+from bilevax.cli.data import Data
 from bilevax.cli.fitted import Fitted
+from bilevax.cli.honest import Honest
 from bilevax.cli.penalties import Penalties
+from bilevax.cli.rows import Scaling
 from bilevax.cli.search import GRID, Evaluator
 from bilevax.cli.tuning import Grid, Tuned
 
@@ -29,7 +34,10 @@ class Study(NamedTuple):
       folds: how many there are; 1 with a validation file.
       penalties: which are tuned.
       grid: of single penalties.
+      scores: the honest ones; None if they were skipped.
+      shrink: the pull towards the best single penalty, as a part of its loss.
       tuned: where tuning ended.
+      is_tuned: whether the model is that of the tuned penalties, not of the best single one.
       model: the last fit.
       seconds: wall times by name.
       unit: what turns losses into those of the user's units.
@@ -42,7 +50,10 @@ class Study(NamedTuple):
     folds: int
     penalties: Penalties
     grid: Grid
+    scores: Honest | None
+    shrink: float
     tuned: Tuned
+    is_tuned: bool
     model: Fitted
     seconds: dict[str, float]
     unit: float
@@ -71,15 +82,28 @@ def loss_unit(kind: Kind, scaling: Scaling) -> float:
     return 2 * scaling.target_scale**2 if kind is Kind.RIDGE else 1.0
 
 
-def wall_times(evaluator: Evaluator, run: bx.MinimizeResult, total: float) -> dict[str, float]:
-    """Return where the time went, in seconds: parts that sum up to the total."""
-    parts = {
-        "grid_and_fit_compilation": evaluator.compile_seconds,
-        "grid_and_fit": evaluator.seconds - evaluator.compile_seconds,
-        "first_step_with_compilation": run.seconds.first,
-        "further_steps": run.seconds.total,
-    }
-    return parts | {"other": total - sum(parts.values()), "total": total}
+class Clock:
+    """Where the wall time goes, by the names of parts."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._parts: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Measure a part."""
+        began = time.perf_counter()
+        yield
+        self._parts[name] = time.perf_counter() - began
+
+    def parts(self, evaluator: Evaluator, run: bx.MinimizeResult) -> dict[str, float]:
+        """Return the seconds of all parts, which sum up to the total."""
+        total, compiling = time.perf_counter() - self._began, evaluator.compile_seconds
+        parts = {"grid_and_fit_compilation": compiling} | self._parts
+        parts["grid"] -= compiling
+        parts["first_step_with_compilation"] = run.seconds.first
+        parts["further_steps"] = run.seconds.total
+        return parts | {"other": total - sum(parts.values()), "total": total}
 
 
 def to_json(study: Study) -> dict[str, Any]:
@@ -105,6 +129,8 @@ def to_json(study: Study) -> dict[str, Any]:
             "best_single": {"penalty": grid.best, "mean": single.mean(), "folds": single},
             "tuned": {"mean": best.mean(), "folds": best},
         },
+        "shrink": study.shrink,
+        "honest": None if study.scores is None else _honest_json(study.scores, unit),
         "grid": {"penalties": grid.penalties, "losses": unit * grid.losses},
         "penalties": dict(zip(study.penalties.names, tuned.penalties, strict=True)),
         "history": {
@@ -121,6 +147,7 @@ def to_json(study: Study) -> dict[str, Any]:
             "steps": tuned.run.steps,
             "accuracy_reached": study.is_accurate,
             "better_than_single": tuned.is_better,
+            "written": "tuned" if study.is_tuned else "best_single",
         },
         "seconds": study.seconds,
     }
@@ -129,31 +156,32 @@ def to_json(study: Study) -> dict[str, Any]:
 
 def tabulate(study: Study) -> str:
     """Return the table for the terminal."""
-    count, loss = len(study.penalties.names), study.model.kind.loss_name
+    names, loss, grid = study.penalties.names, study.model.kind.loss_name, study.grid
     how = f"{study.folds} folds" if study.folds > 1 else "validation file"
-    single, tuned = study.unit * study.tuned.losses.mean
-    start = study.unit * study.grid.losses[0]
-    strong = f"all penalties {GRID[0]:g}"
-    rows = {
-        strong: (start, ""),
-        f"best single penalty, {study.grid.best:.3g}": (single, _compare(single, start, strong)),
-        f"tuned, {counted(count, 'penalty', 'penalties')}": (
-            tuned,
-            _compare(tuned, single, "the best single penalty"),
-        ),
-    }
-    width = max(map(len, rows))
+    single, tuned = study.tuned.losses.mean
+    pull = f", shrink {study.shrink:g}" if study.shrink else ""
+    strong, one = f"all penalties {GRID[0]:g}", f"best single penalty, {grid.best:.3g}"
+    many = f"tuned, {counted(len(names), 'penalty', 'penalties')}{pull}"
+    losses = {strong: [grid.losses[0]], one: [single], many: [tuned]}
+    heads = [loss]
+    if study.scores is None:
+        notes = ["", _compare(single, grid.losses[0], strong)]
+        notes.append(_compare(tuned, single, "the best single penalty"))
+    else:
+        heads, notes = ["minimised", "honest"], ["", "", ""]
+        losses[one].append(study.scores.single)
+        losses[many].append(study.scores.tuned[study.scores.best])
+    width = max(map(len, losses))
     lines = [
         f"{clip(study.name)}: {counted(study.training_rows, 'row')}, "
         f"{counted(len(study.data.names), 'feature')}, {study.model.kind} model, {how}",
         "",
-        f"{'':{width}}  {loss}",
-        *(
-            f"{name:{width}}  {value:<13.6g}  {note}".rstrip()
-            for name, (value, note) in rows.items()
-        ),
+        f"{'' if study.scores is None else loss:{width}}  {_columns(heads)}",
     ]
-    return "\n".join(lines)
+    for (name, values), note in zip(losses.items(), notes, strict=True):
+        cells = _columns([f"{study.unit * value:.6g}" for value in values])
+        lines.append(f"{name:{width}}  {cells}  {note}")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def conclude(study: Study) -> str:
@@ -166,9 +194,42 @@ def conclude(study: Study) -> str:
     if bounds.any():
         number = counted(bounds.sum(), "penalty", "penalties")
         lines.append(f"{number} ended on a bound, {LOWEST:g} or {HIGHEST:g}.")
-    if study.tuned.is_better:
+    if study.scores is not None:
+        lines.append(_judge(study.scores, study.is_tuned))
+    elif study.tuned.is_better:
         lines.append(_flattery(len(study.penalties.names), study.training_rows))
     return "\n".join(lines)
+
+
+def _judge(scores: Honest, is_tuned: bool) -> str:
+    """Say which model is written, and why."""
+    change = 100 * (scores.tuned[scores.best] / scores.single - 1)
+    spread = 100 * scores.spreads[scores.best] / scores.single
+    digits = max(0, 1 - int(np.floor(np.log10(spread)))) if spread > 0 else 2
+    how = f"{abs(change):.{digits}f} % {'lower' if change < 0 else 'higher'}"
+    found = (
+        f"On rows that had no part in the choice, the loss of the tuned penalties is {how} than "
+        f"that of the best single one, give or take {spread:.{digits}f} %"
+    )
+    if is_tuned:
+        return f"{found}: the model with the tuned penalties is written."
+    why = "not surely better, so " if change < 0 else ""
+    return f"{found}: {why}the model with the best single penalty is written."
+
+
+def _honest_json(scores: Honest, unit: float) -> dict[str, Any]:
+    return {
+        "best_single": unit * scores.single,
+        "tuned": unit * scores.tuned[scores.best],
+        "spread": unit * scores.spreads[scores.best],
+        "shrinks": scores.shrinks,
+        "tuned_by_shrink": unit * scores.tuned,
+        "spread_by_shrink": unit * scores.spreads,
+    }
+
+
+def _columns(cells: list[str]) -> str:
+    return "  ".join(f"{cell:<13}" for cell in cells)
 
 
 def _flattery(penalties: int, rows: int) -> str:

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 import bilevax as bx
 from bilevax.cli.folds import Folds
-from bilevax.cli.model import Rows, penalised_loss, row_losses, zero_weights
+from bilevax.cli.model import penalised_loss, row_losses, zero_weights
 from bilevax.cli.preconditioner import curvatures, precondition
+from bilevax.cli.rows import Rows
 
 GRID = np.logspace(2, -5, 20)  # single penalties, from strong to weak
 BATCH = 10  # penalties in one call of the compiled program
@@ -21,13 +23,15 @@ class Losses(NamedTuple):
     """What became of some penalties, one entry each.
 
     Attributes:
-      folds: (penalties, folds), the mean loss of the held-out rows.
+      folds: (penalties, folds), the mean loss of the held-out rows of the folds that choose.
+      rows: (penalties, rows), the loss of each row by the last fit.
       status: the worst `Status` of the solves.
       weights: (penalties, folds + 1, columns, features + 1), those of each fold, and in the last
-        place those of all training rows.
+        place those of the last fit.
     """
 
     folds: np.ndarray
+    rows: np.ndarray
     status: np.ndarray
     weights: np.ndarray
 
@@ -38,9 +42,11 @@ class Losses(NamedTuple):
 
 
 def inner_problem(
-    rows: Rows, folds: Folds, curvatures: np.ndarray | jax.Array, index: np.ndarray
+    rows: Rows, folds: Folds, curvatures: np.ndarray | jax.Array, index: np.ndarray | jax.Array
 ) -> bx.Problem:
     """Return the inner problem: fit each fold, for given log-penalties.
+
+    All arguments are leaves of it: it is compiled once for all data of the same shapes.
 
     Args:
       rows: all rows.
@@ -48,16 +54,9 @@ def inner_problem(
       curvatures: of the classes, for the preconditioner.
       index: (features,), the entry of the log-penalties that is that of a feature.
     """
-
-    def train_loss(weights: jax.Array, log_penalties: jax.Array, task: Any) -> jax.Array:
-        share, variance = task
-        return penalised_loss(weights, jnp.exp(log_penalties[index]) * variance, rows, share)
-
-    def near_inverse(_: Any, log_penalties: jax.Array, vector: jax.Array, task: Any) -> jax.Array:
-        penalties = jnp.exp(log_penalties[index]) * folds.variance.mean(axis=0)
-        return precondition(vector, curvatures, penalties, rows)
-
-    problem = bx.minimum(train_loss, preconditioner=near_inverse)
+    variance = folds.variance.mean(axis=0)
+    preconditioner = Partial(_near_inverse, rows, curvatures, variance, index)
+    problem = bx.minimum(Partial(_train_loss, rows, index), preconditioner=preconditioner)
     return bx.separable(problem, tasks=(folds.train, folds.variance))
 
 
@@ -68,25 +67,25 @@ def held_out_losses(weights: jax.Array, rows: Rows, folds: Folds) -> jax.Array:
 
 
 class Evaluator:
-    """Losses of given penalties: one compiled program for the grids and for the last fit.
+    """Losses of given penalties: one compiled program for all searches, their grids and last fits.
 
     Attributes:
       seconds: wall time by now, compilation included.
       compile_seconds: that of the compilation.
     """
 
-    def __init__(self, rows: Rows, folds: Folds, everything: Folds) -> None:
-        self._rows, self._folds = rows, folds
-        self._all = Folds(*(np.concatenate(pair) for pair in zip(folds, everything, strict=True)))
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
         self._program: Callable[..., Any] | None = None
         self.seconds = self.compile_seconds = 0.0
 
     def evaluate(
-        self, log_penalties: np.ndarray, rtol: float, start: np.ndarray | None = None
+        self, folds: Folds, log_penalties: np.ndarray, rtol: float, start: np.ndarray | None = None
     ) -> Losses:
         """Return the losses of some log-penalties.
 
         Args:
+          folds: the tasks of a search.
           log_penalties: (penalties, features), at most `BATCH` of them. Each solve starts from the
             solution before, so they should be in an order in which solutions are near each other.
           rtol: a solve ends at this part of the gradient at zero weights.
@@ -97,29 +96,57 @@ class Evaluator:
         # The last penalties are repeated: there each solve ends at once.
         padded = np.concatenate([log_penalties, np.repeat(log_penalties[-1:], BATCH - count, 0)])
         if start is None:
-            start = zero_weights(len(self._all.train), self._rows)
-        arguments = start, curvatures(self._rows, self._all, start), padded, rtol
+            start = zero_weights(len(folds.train), self._rows)
+        curvature = curvatures(self._rows, folds, start)
+        arguments = self._rows, folds, curvature, start, padded, rtol
         if self._program is None:
-            self._program = jax.jit(self._scan).lower(*arguments).compile()
+            self._program = jax.jit(_scan).lower(*arguments).compile()
             self.compile_seconds = time.perf_counter() - began
-        folds, status, weights = jax.device_get(self._program(*arguments))
+        found = jax.device_get(self._program(*arguments))
         self.seconds += time.perf_counter() - began
-        return Losses(folds[:count, :-1], status[:count], weights[:count])
+        return Losses(*(part[:count] for part in found))
 
-    def _scan(
-        self, start: jax.Array, curvatures: jax.Array, log_penalties: jax.Array, rtol: jax.Array
-    ) -> Any:
-        index = np.arange(log_penalties.shape[1])
-        problem = inner_problem(self._rows, self._all, curvatures, index)
-        # Relative to the gradient at a warm start, which is small, solves would be far more
-        # accurate than they need to be. At zero weights penalties do not matter.
-        zero = zero_weights(len(self._all.train), self._rows)
-        squares = jnp.sum(problem.optimality(zero, log_penalties[0]) ** 2, axis=(1, 2))
-        solver = bx.Newton(rtol=0.0, atol=rtol * jnp.sqrt(jnp.min(squares)))
 
-        def step(weights: jax.Array, log_penalties: jax.Array) -> Any:
-            weights, report = bx.solution_map(problem, solver).with_report(weights, log_penalties)
-            losses = held_out_losses(weights, self._rows, self._all)
-            return weights, (losses, report.status.max(), weights)
+def _scan(
+    rows: Rows,
+    folds: Folds,
+    curvatures: jax.Array,
+    start: jax.Array,
+    log_penalties: jax.Array,
+    rtol: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Return the entries of `Losses`."""
+    problem = inner_problem(rows, folds, curvatures, np.arange(log_penalties.shape[1]))
+    # Relative to the gradient at a warm start, which is small, solves would be far more accurate
+    # than they need to be. At zero weights penalties do not matter.
+    zero = zero_weights(len(folds.train), rows)
+    squares = jnp.sum(problem.optimality(zero, log_penalties[0]) ** 2, axis=(1, 2))
+    solver = bx.Newton(rtol=0.0, atol=rtol * jnp.sqrt(jnp.min(squares)))
 
-        return jax.lax.scan(step, start, log_penalties)[1]
+    def step(weights: jax.Array, log_penalties: jax.Array) -> tuple[jax.Array, tuple]:
+        weights, report = bx.solution_map(problem, solver).with_report(weights, log_penalties)
+        losses = held_out_losses(weights, rows, folds)[:-1]
+        last = row_losses(weights[-1], rows)
+        return weights, (losses, last, report.status.max(), weights)
+
+    return jax.lax.scan(step, start, log_penalties)[1]
+
+
+def _train_loss(
+    rows: Rows, index: jax.Array, weights: jax.Array, log_penalties: jax.Array, task: Any
+) -> jax.Array:
+    share, variance = task
+    return penalised_loss(weights, jnp.exp(log_penalties[index]) * variance, rows, share)
+
+
+def _near_inverse(
+    rows: Rows,
+    curvatures: jax.Array,
+    variance: jax.Array,
+    index: jax.Array,
+    _: Any,
+    log_penalties: jax.Array,
+    vector: jax.Array,
+    task: Any,
+) -> jax.Array:
+    return precondition(vector, curvatures, jnp.exp(log_penalties[index]) * variance, rows)

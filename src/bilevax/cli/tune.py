@@ -1,74 +1,39 @@
 """The command `bilevax tune`."""
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
-import time
-from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 import bilevax as bx
-from bilevax._frontend.words import DataError, counted, quote, shorten
-from bilevax.cli import folds as splits
-from bilevax.cli import output, report, tuning
-from bilevax.cli.choices import Kind
-from bilevax.cli.data import (
-    Data,
-    Scaling,
-    as_rows,
-    feature_names,
-    prepare,
-    prepare_validation,
-    standardise,
-)
-from bilevax.cli.files import read_table
+from bilevax._frontend.words import DataError, quote, shorten
+from bilevax.cli import honest, output, report, tuning
+from bilevax.cli.choices import SHRINKS
 from bilevax.cli.fitted import make_fitted, to_json
+from bilevax.cli.folds import make_folds
 from bilevax.cli.identity import check_same, identify
-from bilevax.cli.model import Rows
 from bilevax.cli.page import write_page
-from bilevax.cli.penalties import Penalties, read_penalties
 from bilevax.cli.search import Evaluator
+from bilevax.cli.task import Task
 
 
-class _Task(NamedTuple):
-    """What is read and checked.
-
-    Attributes:
-      kind: of the model.
-      data: all rows, those of a validation file last.
-      training: how many of them are in DATA.
-      scaling: of the rows in DATA.
-      rows: standardised.
-      folds: which rows train and which are held out.
-      penalties: which are tuned.
-    """
-
-    kind: Kind
-    data: Data
-    training: int
-    scaling: Scaling
-    rows: Rows
-    folds: splits.Folds
-    penalties: Penalties
-
-
-def tune(options: argparse.Namespace) -> int:
+def tune(options: argparse.Namespace, task: Task) -> int:
     """Tune, write the results and print a table; return the exit code.
 
     Raises:
-      DataError: if the data or an option cannot be used; nothing is written then.
+      DataError: if the folder OUT cannot be used; nothing is written then.
       KeyboardInterrupt: if a signal ended the run; it says whether the run can go on.
     """
     # Only here, for a library must not decide this: penalties that differ by a factor of 1e9 make
     # systems that float32 cannot solve.
     jax.config.update("jax_enable_x64", True)
-    began = time.perf_counter()
-    task = _read(options)
+    clock = report.Clock()
     identity = identify(options, task.data, task.training, task.penalties)
     output.check_folder(options.out, options.resume)
     if options.resume:
@@ -77,7 +42,7 @@ def tune(options: argparse.Namespace) -> int:
         names = shorten([quote(name) for name in task.data.dropped])
         _tell(f"left out, for they are constant: {names}")
     try:
-        study = _run(options, task, json.dumps(identity, indent=1), began)
+        study = _run(options, task, json.dumps(identity, indent=1), clock)
         output.finish(options.out, _results(study))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
@@ -100,94 +65,74 @@ def tune(options: argparse.Namespace) -> int:
     return 3
 
 
-def _read(options: argparse.Namespace) -> _Task:
-    kind = Kind(options.model)
-    table = read_table(options.data)
-    names = feature_names(table, options.target)
-    data = prepare(table, options.target, kind)
-    penalties = read_penalties(options.penalty, names, data.names)
-    scaling = standardise(data)
-    training = len(data.target)
-    if options.validation is not None:
-        extra = prepare_validation(read_table(options.validation), options.target, data)
-        data = data._replace(
-            features=np.concatenate([data.features, extra.features]),
-            target=np.concatenate([data.target, extra.target]),
-        )
-    rows = as_rows(data, scaling, kind)
-    features = rows.features
-    if options.validation is not None:
-        folds = splits.one_split(features, training)
-    else:
-        _check_folds(options.data, data, options.cv)
-        labels = None if data.classes is None else data.target
-        held_out = splits.split(options.cv, labels, training, options.seed)
-        folds = splits.cross_validation(features, held_out)
-    return _Task(kind, data, training, scaling, rows, folds, penalties)
-
-
-def _check_folds(path: Path, data: Data, count: int) -> None:
-    if len(data.target) < count:
-        rows = counted(len(data.target), "row")
-        raise DataError(f"{path} has {rows}, fewer than the {count} folds of --cv")
-    if data.classes is not None:
-        sizes = Counter(data.target.tolist())
-        few = [
-            f"{quote(name)} ({sizes[i]})" for i, name in enumerate(data.classes) if sizes[i] < count
-        ]
-        if few:
-            raise DataError(
-                f"{path} has classes with fewer rows than the {count} folds of --cv: {shorten(few)}"
-            )
-
-
-def _run(options: argparse.Namespace, task: _Task, identity: str, began: float) -> report.Study:
-    """Search, tune and fit.
+def _run(
+    options: argparse.Namespace, task: Task, identity: str, clock: report.Clock
+) -> report.Study:
+    """Search, score, tune and fit.
 
     Raises:
       DataError: if the folder cannot be used.
       KeyboardInterrupt: if a signal ended it.
     """
-    everything = splits.everything(task.rows.features, task.training)
-    evaluator = Evaluator(task.rows, task.folds, everything)
-    index = task.penalties.positions
-    grid = tuning.search_grid(evaluator, len(index))
+    rows, index = task.rows, task.penalties.positions
+    evaluator, folds = Evaluator(rows), make_folds(rows, task.plan.search)
+    settings = tuning.Settings(options.rule, options.accuracy, options.steps)
+    with clock.part("grid"):
+        grid = tuning.search_grid(evaluator, folds, len(index))
     checkpoints = output.checkpoints(options.out)
     if not options.resume:
         output.begin(options.out, identity)
+    scores = None
+    if options.honest_score:
+        with clock.part("honest_score"):
+            scores = _score(options, task, evaluator, settings)
+    shrink = (options.shrink or 0.0) if scores is None else float(scores.shrinks[scores.best])
     try:
-        run = tuning.tune(
-            task.rows,
-            task.folds,
-            index,
-            grid=grid,
-            rule=options.rule,
-            accuracy=options.accuracy,
-            steps=options.steps,
-            checkpoints=checkpoints,
-        )
+        run = tuning.tune(rows, folds, index, grid, settings, shrink, checkpoints)
     except (ValueError, OSError) as error:  # of the checkpoints
         raise DataError(f"cannot use {checkpoints}: {error}") from error
     if run.outcome is bx.Outcome.INTERRUPTED:
         raise KeyboardInterrupt
-    tuned = tuning.finish(evaluator, index, grid, run)
-    last, penalties = tuned.losses.weights[1, -1], tuned.penalties[index]
-    model = make_fitted(
-        task.kind, options.target, task.data, task.scaling, task.rows, penalties, last
-    )
+    with clock.part("fit"):
+        tuned = tuning.finish(evaluator, folds, index, grid, run)
+    is_tuned = tuned.is_better and (scores is None or scores.is_better)
+    penalties = tuned.penalties if is_tuned else np.full_like(tuned.penalties, grid.best)
+    weights = tuned.losses.weights[int(is_tuned), -1]
     return report.Study(
         name=options.data.stem,
         settings=_settings(options),
         data=task.data,
         training_rows=task.training,
-        folds=len(task.folds.train),
+        folds=len(folds.choosing.train),
         penalties=task.penalties,
         grid=grid,
+        scores=scores,
+        shrink=shrink,
         tuned=tuned,
-        model=model,
-        seconds=report.wall_times(evaluator, run, time.perf_counter() - began),
+        is_tuned=is_tuned,
+        model=make_fitted(
+            task.kind, options.target, task.data, task.scaling, rows, penalties[index], weights
+        ),
+        seconds=clock.parts(evaluator, run),
         unit=report.loss_unit(task.kind, task.scaling),
     )
+
+
+def _score(
+    options: argparse.Namespace, task: Task, evaluator: Evaluator, settings: tuning.Settings
+) -> honest.Honest:
+    """Return the honest scores; a run that goes on has written them down."""
+    record = output.checkpoints(options.out) / output.SCORES
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return honest.Honest.from_json(json.loads(record.read_text(encoding="utf-8")))
+    if task.penalties.is_single:
+        shrinks = (0.0,)  # one penalty is where it would be pulled to
+    else:
+        shrinks = SHRINKS if options.shrink is None else (options.shrink,)
+    index = task.penalties.positions
+    scores = honest.score(evaluator, task.rows, task.plan, index, settings, shrinks)
+    output.write(record, json.dumps(scores.to_json()))
+    return scores
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -196,6 +141,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         for name, value in vars(options).items()
         if name != "command"
     }
+    settings["shrink"] = "auto" if options.shrink is None else options.shrink
     return settings | {"cv": None if options.validation else options.cv, "precision": "float64"}
 
 

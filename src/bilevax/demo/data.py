@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.datasets import load_breast_cancer, load_digits
 
+from bilevax._frontend.numbers import varies
 from bilevax._frontend.words import DataError, clip
 
 # A cell further from the mean than this, in deviations of the training rows, is refused: it would
@@ -91,7 +92,7 @@ def prepare(table: Table, seed: int) -> Task:
     with np.errstate(all="ignore"):  # what overflows here is refused below
         mean = table.features[train].mean(axis=0)
         deviation = table.features[train].std(axis=0)
-        constant = deviation <= 1e-12 * np.abs(mean)
+        constant = ~varies(table.features[train])
         # The weight of a constant feature is zero, so that its values in other rows do not count.
         standardised = np.where(constant, 0, (table.features - mean) / deviation)
     _check_distance(table, standardised, deviation)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from sklearn.datasets import load_svmlight_file
 
-from bilevax._frontend.svmlight import find_fault
+from bilevax._frontend.records import records
+from bilevax._frontend.svmlight import FormatError, parse
 from bilevax._frontend.words import (
     DataError,
+    in_order,
     is_number,
-    natural,
     one_line,
     other_separator,
     quote,
@@ -70,17 +70,19 @@ def _read_svmlight(path: Path, text: str, target: str | None) -> Table:
             "leave out --target"
         )
     try:
-        features, target_values = load_svmlight_file(str(path), dtype=np.float64)[:2]
-    except (ValueError, OverflowError) as error:
-        fault = find_fault(text) or str(error)
-        raise DataError(f"{path} is not a valid svmlight file: {fault}") from None
-    rows, columns = features.shape
-    _check_size(path, rows, columns)
-    names = [f"feature {i + 1}" for i in range(columns)]
-    dense = features.toarray()
-    _check_finite(path, names, ~np.isfinite(dense).T)
-    _check_finite(path, ["the target"], ~np.isfinite(target_values)[None])
-    return _table(path, dense, [f"{value:.15g}" for value in target_values], names)
+        sparse = parse(text)
+    except FormatError as error:
+        raise DataError(f"{path} is not a valid svmlight file: {error}") from None
+    try:
+        # An index 0 tells that indices start there.
+        features = sparse.dense(first=0 if 0 in sparse.indices else 1, limit=MAX_ENTRIES)
+    except FormatError as error:
+        raise DataError(f"{path} {error}") from None
+    names = [f"feature {i + 1}" for i in range(features.shape[1])]
+    _check_finite(path, names, ~np.isfinite(features).T)
+    wrong = [not np.isfinite(float(label)) for label in sparse.labels]
+    _check_finite(path, ["the target"], np.array([wrong]))
+    return _table(path, features, sparse.labels, names)
 
 
 def _read_csv(path: Path, text: str, target: str | None) -> Table:
@@ -118,8 +120,8 @@ def _read_csv(path: Path, text: str, target: str | None) -> Table:
 def _parse_csv(path: Path, text: str) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows, all of one length."""
     try:
-        reader = csv.reader(io.StringIO(text), skipinitialspace=True, strict=True)
-        lines = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+        found = records(io.StringIO(text, newline=""))
+        lines = [(line, row) for line, row in found if any(cell.strip() for cell in row)]
     except csv.Error as error:
         raise DataError(f"{path} is not a valid CSV file: {error}") from None
     header = [one_line(name) for name in lines[0][1]]
@@ -178,11 +180,8 @@ def _check_finite(path: Path, names: list[str], bad: np.ndarray) -> None:
 
 def _table(path: Path, features: np.ndarray, labels: list[str], names: list[str]) -> Table:
     """Number the classes and check that there are enough rows of each."""
-    numeric = all(is_number(label) for label in labels)
-    if numeric:  # 1 and 1.0 are one class
-        labels = [f"{float(label):.15g}" for label in labels]
-    counts = Counter(labels)
-    classes = sorted(counts, key=float if numeric else natural)
+    counts, classes = Counter(labels), in_order(labels)
+    numeric = all(map(is_number, classes))
 
     def refuse(problem: str) -> NoReturn:
         raise DataError(f"{path} {problem}")

@@ -115,8 +115,8 @@ def maid(
     so that h(y') < h(y) whatever the errors are. A trial that surely decreases h by less is made
     again with a smaller a. Where the errors are too large to tell, they are reduced: tolerances of
     the inner and of the adjoint solve tighten until they can, and loosen where they are better than
-    the next step needs. Every step evaluates once, at `state.y`, which is a trial: an accepted
-    one has a `stationarity` in the history, that of another one is infinite. The result of `minimize` is accepted.
+    the next step needs. Every step evaluates once, at `state.y`, which is a trial: one that is not
+    accepted has an infinite `stationarity` in the history. The result of `minimize` is accepted.
 
     Without `constants`, errors are estimated by a Newton-corrected reference, as in
     `hypergradient_error`; the decrease is real as far as these estimates hold. With `constants`
