@@ -52,8 +52,9 @@ class _Counts(NamedTuple):
 
 
 class _Numbers(NamedTuple):
-    length: jax.Array  # the p of the textbook is `length` times p, so that <p, M^{-1} p> = 1
-    largest: jax.Array  # max over steps of <p, A p>, at most ||M A||
+    length: jax.Array  # a power of two; the p of the textbook is `length` times p
+    size: jax.Array  # <p, M^{-1} p>, by recurrence; of size one
+    largest: jax.Array  # max over steps of <p, A p> / <p, M^{-1} p>, at most ||M A||
     norm: jax.Array  # max over steps of <p, A p> / <p, p>, at most ||A||
     best: jax.Array  # ||r||^2 of the best iterate; infinite until there is one
     checked: jax.Array  # ||b - A x||^2 when it was last measured, else infinite
@@ -167,20 +168,21 @@ class CG(base.LinearSolver):
             rz = trees.inner(r, z)
             beta = trees.where(check, none, rz / state.rz)
 
-            rounding = operator.rounding * last.largest
+            rounding = operator.rounding * last.largest * last.size
             good = ~check & (curvature > 0.5 * rounding) & jnp.isfinite(square) & (rz >= 0)
             better = good & (square < last.best)
             checked = check & ~measured
             best = trees.where(better, x, best)
             iterations = counts.iterations + good.astype(jnp.int32)
-            quotient = curvature
+            largest = quotient = curvature / last.size
             if self.preconditioner is not None:
                 quotient = curvature / trees.inner(state.p, state.p)
             # z and the last p are orthogonal where <., M^{-1} .> is the inner product.
-            length = jnp.sqrt(jnp.maximum(rz, 0) + (beta * last.length) ** 2)
+            length, size = _normalise(rz + (beta * last.length) ** 2 * last.size)
             numbers = _Numbers(
-                length=trees.where(length > 0, length, jnp.ones_like(length)),
-                largest=jnp.maximum(last.largest, trees.where(good, curvature, none)),
+                length=length,
+                size=size,
+                largest=jnp.maximum(last.largest, trees.where(good, largest, none)),
                 norm=jnp.maximum(last.norm, trees.where(good, quotient, none)),
                 best=trees.where(better | (checked & jnp.isfinite(last.best)), square, last.best),
                 checked=trees.where(checked, square, last.checked),
@@ -231,7 +233,7 @@ class CG(base.LinearSolver):
         else:  # the first product measures the guess, whatever `maxiter` is
             first, first_square = trees.where(rhs_square > 0, guess, zero), rhs_square
             p, phase = first, jnp.where(maxiter > 0, _CHECK, _last_check(exhausted))
-        length = jnp.sqrt(trees.where(rz > 0, rz, one))
+        length, size = _normalise(rz)
         if guess is None:
             p = rescale(p, length)
         zero_count = jnp.zeros((), jnp.int32)
@@ -241,7 +243,7 @@ class CG(base.LinearSolver):
             p=p,
             rz=rz,
             best=first,
-            numbers=jnp.stack(_Numbers(length, none, none, first_square, infinity, none)),
+            numbers=jnp.stack(_Numbers(length, size, none, none, first_square, infinity, none)),
             counts=jnp.stack(_Counts(phase, zero_count, zero_count)),
         )
         end = jax.lax.while_loop(lambda state: _Counts(*state.counts).phase < 0, step, start)
@@ -263,3 +265,11 @@ class CG(base.LinearSolver):
         done = (done & (residual <= rounding)) | (rhs_square == 0)
         status = jnp.where(done, code(Status.CONVERGED), status)
         return solution, LinearReport(status, iterations, products, residual, rounding)
+
+
+def _normalise(square: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return a power of two near the root of a number, and the number divided by its square."""
+    known = jnp.isfinite(square) & (square > 0)
+    exponent = jnp.frexp(trees.where(known, square, jnp.ones_like(square)))[1]
+    length = jnp.ldexp(jnp.ones_like(square), exponent // 2)
+    return length, square / length / length
