@@ -92,7 +92,7 @@ def report(
     # No derivative of what is measured here is wanted.
     problem, y, x0, x = jax.lax.stop_gradient((problem, y, first.iterate.x, end.iterate.x))
     if solver.atol is None:
-        rounding = rounding_error(problem, x, y)
+        rounding = problem.rounding_error(x, y)
         short = (status == Status.MAXITER) | (status == Status.STALLED)
         at_rounding = short & (norms[0] <= rounding)
         status = trees.where(at_rounding, code(Status.CONVERGED), status)
@@ -131,13 +131,7 @@ def smallest_target(
     checks.single_numbers(solver)
     if solver.atol is not None:
         return jnp.asarray(solver.atol, like.dtype)
-    return rounding_error(problem, x0, y)
-
-
-def rounding_error(problem: Problem, x: PyTree, y: PyTree) -> jax.Array:
-    """Return how large ||F|| is by rounding errors at a solution near x, times ten."""
-    size = problem.terms_norm(x, y)
-    return 10 * trees.epsilon(x) * jnp.where(jnp.isfinite(size), size, 0)
+    return problem.rounding_error(x0, y)
 
 
 def advance(

@@ -102,6 +102,11 @@ class Problem(abc.ABC):
         """
         return trees.norm(jax.jvp(lambda x: self.optimality(x, y), (x,), (x,))[1])
 
+    def rounding_error(self, x: PyTree, y: PyTree) -> jax.Array:
+        """Return how large ||F|| is by rounding errors at a solution near x, times ten."""
+        size = self.terms_norm(x, y)
+        return 10 * trees.epsilon(x) * jnp.where(jnp.isfinite(size), size, 0)
+
     def pull_outer(self, x: PyTree, y: PyTree, v: PyTree) -> tuple["Problem", PyTree]:
         """Return F_2(x, y)^T v, as cotangents of this problem's leaves and of y.
 

@@ -12,7 +12,6 @@ from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
-from bilevax._loop import rounding_error
 from bilevax._operator import LinearOperator
 from bilevax._problems import Problem
 from bilevax._results import LinearReport
@@ -76,7 +75,7 @@ class NewtonStep(Step):
     ) -> tuple[PyTree, LinearReport]:
         optimality, jacobian = problem.linearize(x, y)
         solver: Any = resolve_linear_solver(self.linear_solver, problem, settings)
-        noise = rounding_error(problem, x, y)
+        noise = problem.rounding_error(x, y)
         if hasattr(solver, "atol"):
             solver = dataclasses.replace(solver, atol=jnp.maximum(solver.atol, noise))
         step, report = linear_solve(jacobian, optimality, solver)
