@@ -16,12 +16,13 @@ NAMES = [
     "NONFINITE",
     "BREAKDOWN",
     "INDEFINITE",
+    "UNBOUNDED",
 ]
 
 
 def test_the_codes_are_what_reports_have_always_held():
     assert [(status.name, int(status)) for status in Status] == list(
-        zip(NAMES, range(8), strict=True)
+        zip(NAMES, range(9), strict=True)
     )
 
 
@@ -36,6 +37,7 @@ def test_remedies_name_what_to_change():
     assert "learning rate" in Status.DIVERGED.remedy
     assert "`damping`" in Status.BREAKDOWN.remedy
     assert "Structure.SYMMETRIC" in Status.INDEFINITE.remedy
+    assert "penalty" in Status.UNBOUNDED.remedy
 
 
 def test_codes_are_integer_arrays():
@@ -48,8 +50,14 @@ def test_codes_are_integer_arrays():
 
 
 def test_which_statuses_are_failures_and_which_are_unsolved():
-    codes = jnp.arange(8)
-    failures = {Status.DIVERGED, Status.NONFINITE, Status.BREAKDOWN, Status.INDEFINITE}
+    codes = jnp.arange(9)
+    failures = {
+        Status.DIVERGED,
+        Status.NONFINITE,
+        Status.BREAKDOWN,
+        Status.INDEFINITE,
+        Status.UNBOUNDED,
+    }
     unsolved = failures | {Status.MAXITER, Status.STALLED}
-    assert [Status(i) for i in range(8) if jax.jit(is_failure)(codes)[i]] == sorted(failures)
-    assert [Status(i) for i in range(8) if jax.jit(is_unsolved)(codes)[i]] == sorted(unsolved)
+    assert [Status(i) for i in range(9) if jax.jit(is_failure)(codes)[i]] == sorted(failures)
+    assert [Status(i) for i in range(9) if jax.jit(is_unsolved)(codes)[i]] == sorted(unsolved)

@@ -117,20 +117,48 @@ def test_structures_of_classes_with_equal_fields_differ():
     assert (which(First(1.0)), which(Second(1.0))) == (1.0, 0.0)
 
 
-@pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
-def test_a_norm_whose_squares_are_out_of_range(unit):
-    tree = jax.tree.map(lambda leaf: jnp.asarray(leaf * unit, jnp.float32), A)
+RANGES = [
+    (np.float64, 1e-12, [1e-307, 1e-160, 1e-77, 1.0, 1e77, 1e160, 1e300]),
+    (np.float32, 1e-6, [1e-36, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e37]),
+    (jnp.bfloat16, 2e-2, [1e-36, 1.0, 1e37]),
+    (np.float16, 2e-3, [1e-3, 1.0, 1e4]),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "unit"),
+    [(kind, rtol, unit) for kind, rtol, units in RANGES for unit in units],
+)
+def test_a_norm_whose_squares_are_out_of_range(dtype, rtol, unit):
+    tree = jax.tree.map(lambda leaf: jnp.asarray(leaf * unit, dtype), A)
+    assert trees.norm(tree).dtype == dtype
     expected = np.linalg.norm(flat(A)) * unit
-    np.testing.assert_allclose(trees.scaled_norm(tree), expected, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(trees.norm(tree), np.float64), expected, rtol=rtol)
+
+
+def test_powers_of_two_change_no_digit_of_a_norm():
+    entries = np.random.default_rng(0).normal(size=100)
+    expected = np.sqrt(entries @ entries)
+    for power in (-900, -300, -256, -200, 0, 200, 256, 300, 900):
+        got = trees.norm(jnp.asarray(entries * 2.0**power)) / 2.0**power
+        np.testing.assert_allclose(got, expected, rtol=1e-15)
+        assert got == trees.norm(jnp.asarray(entries))
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_a_norm_of_what_is_not_finite(value):
-    assert not np.isfinite(trees.scaled_norm({"a": jnp.array([1.0, value])}))
+    assert not np.isfinite(trees.norm({"a": jnp.array([1.0, value])}))
 
 
 def test_the_norm_of_nothing_and_of_zero():
-    assert trees.scaled_norm({}) == trees.scaled_norm(jnp.zeros(3)) == 0
+    assert trees.norm({}) == trees.norm(jnp.zeros(3)) == 0
+
+
+@pytest.mark.parametrize("unit", [1e-200, 1.0, 1e200])
+def test_the_derivative_of_a_norm_is_the_unit_vector_and_zero_at_zero(unit):
+    vector = np.array([3.0, -4.0])
+    np.testing.assert_allclose(jax.grad(trees.norm)(jnp.asarray(unit * vector)), vector / 5)
+    np.testing.assert_array_equal(jax.grad(trees.norm)(jnp.zeros(2)), 0)
 
 
 def test_cotangents_of_integers_stay_as_they_are():

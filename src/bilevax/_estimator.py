@@ -116,7 +116,7 @@ def evaluate(
 
 def size_of_terms(explicit: PyTree, implicit: PyTree) -> jax.Array:
     """Return the size of the terms that cancel in the sum of two cotangents of y."""
-    return trees.scaled_norm(trees.floating(explicit)) + trees.scaled_norm(trees.floating(implicit))
+    return trees.norm(trees.floating(explicit)) + trees.norm(trees.floating(implicit))
 
 
 def value_and_aux(

@@ -41,16 +41,19 @@ def run(
     relative to what is small already, no tolerance could be met, and relative to what a leap of y
     has made large, any. One that is zero or not finite is no scale.
 
-    Ends with CONVERGED; MAXITER (TRUNCATED if both tolerances are zero); STALLED where the solver
-    cannot improve its iterate; DIVERGED where ||F|| has grown by 1 / eps; NONFINITE.
+    Ends with CONVERGED, also where ||F|| is a rounding error at the last iterate (if `atol` is
+    None); MAXITER (TRUNCATED if both tolerances are zero); STALLED where the solver cannot improve
+    its iterate; DIVERGED where ||F|| has grown by 1 / eps; NONFINITE; UNBOUNDED.
 
     Returns:
       The last iterate and a `SolveReport`.
     """
 
     def one(problem: Problem, x0: PyTree, scale: jax.Array) -> tuple[PyTree, SolveReport]:
-        first, step = begin(solver, solver.posed(problem, x0, y), x0, y, scale)
-        return report(first, mesh.while_loop(is_running, step, first))
+        posed = solver.posed(problem, x0, y)
+        first, step = begin(solver, posed, x0, y, scale)
+        end = mesh.while_loop(is_running, step, first)
+        return report(solver, posed, y, first, end)
 
     return per_task(problem, one, x0, spread(problem, scale))
 
@@ -71,7 +74,7 @@ def begin(
         problem,
         y,
         lambda iterate, _: iterate.residual <= target,
-        initial_norm,
+        scale,
         out_of_steps(solver.rtol, solver.atol),
     )
     none = jnp.zeros((), jnp.int32)
@@ -89,10 +92,44 @@ def is_running(progress: Progress) -> jax.Array:
     return progress.status == _RUNNING
 
 
-def report(first: Progress, end: Progress) -> tuple[PyTree, SolveReport]:
+def report(
+    solver: Solver, problem: Problem, y: PyTree, first: Progress, end: Progress
+) -> tuple[PyTree, SolveReport]:
     """Return the last iterate and the report of a run."""
-    norms = end.iterate.residual, first.iterate.residual
-    return end.iterate.x, SolveReport(end.status, end.iterations, *norms)
+    norms, status = (end.iterate.residual, first.iterate.residual), end.status
+    # No derivative of what is measured here is wanted.
+    problem, y, x0, x = jax.lax.stop_gradient((problem, y, first.iterate.x, end.iterate.x))
+    if solver.atol is None:
+        rounding = problem.rounding_error(x, y)
+        short = (status == Status.MAXITER) | (status == Status.STALLED)
+        at_rounding = short & (norms[0] <= rounding)
+        status = trees.where(at_rounding, code(Status.CONVERGED), status)
+    else:
+        rounding = jnp.zeros_like(norms[0])
+    if problem.structure.is_symmetric:
+        lost = (status == Status.CONVERGED) & _runs_away(problem, x0, x, y, *norms)
+        status = trees.where(lost, code(Status.UNBOUNDED), status)
+    return end.iterate.x, SolveReport(status, end.iterations, *norms, rounding=rounding)
+
+
+def _runs_away(
+    problem: Problem, x0: PyTree, x: PyTree, y: PyTree, norm: jax.Array, initial_norm: jax.Array
+) -> jax.Array:
+    """Tell whether a run of a symmetric problem heads for a minimiser at infinity.
+
+    Let d = x - x0 and L = log(||F(x0)|| / ||F(x)||). At a solution F_1 d is what F was made of, so
+    ||F|| / ||F_1 d|| is about exp(-L). Along a tail it does not fall so fast: f = exp(-t) has L = t
+    and the ratio 1 / t = 1 / L; f = t^-p has more. Of the minima that are attained, the flattest
+    come nearest: f = t^p from t = 1 has the ratio exp(-L / (p - 1)) / (p - 1), at most
+    1 / (e L) = 0.37 / L for any p. No unit of f or x matters. Little can be said before F has
+    fallen far: a weak penalty is felt late.
+    """
+    d = trees.add_scaled(x, -1, x0)
+    # F_1 is symmetric, and some objectives have no forward derivative.
+    change = jax.vjp(lambda x: problem.optimality(x, y), x)[1](d)[0]
+    fell = (norm > 0) & (norm < trees.epsilon(x) ** 0.5 * initial_norm)
+    decay = jnp.log(jnp.where(fell, initial_norm, 1) / jnp.where(fell, norm, 1))
+    return fell & (norm * decay > 0.6 * problem.norm(change))
 
 
 def smallest_target(
@@ -105,8 +142,7 @@ def smallest_target(
     checks.single_numbers(solver)
     if solver.atol is not None and solver.is_smooth is True:
         return jnp.asarray(solver.atol, like.dtype)
-    size = problem.terms_norm(x0, y)
-    rounding = 10 * trees.epsilon(x0) * jnp.where(jnp.isfinite(size), size, 0)
+    rounding = problem.rounding_error(x0, y)
     if solver.atol is None:
         return rounding
     atol = jnp.asarray(solver.atol, like.dtype)
@@ -145,7 +181,7 @@ def _stepper(
         norm, epsilon = iterate.residual, trees.epsilon(iterate.x)
         status = trees.where(iterations >= solver.maxiter, exhausted, _RUNNING)
         status = trees.where(iterate.stalled, code(Status.STALLED), status)
-        diverged = norm * epsilon - 1 > initial_norm
+        diverged = (norm * epsilon > initial_norm) & (initial_norm > 0)
         status = trees.where(diverged, code(Status.DIVERGED), status)
         status = trees.where(reached(iterate, iterations), code(Status.CONVERGED), status)
         return trees.where(jnp.isfinite(norm), status, code(Status.NONFINITE))

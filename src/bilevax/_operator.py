@@ -77,7 +77,7 @@ class LinearOperator:
         """Return the norm of what A returns, in scaled rows; of numbers of any size."""
         if self.scaling is not None:
             image = optax.tree.mul(self.scaling.rows, image)
-        return trees.scaled_norm(image)
+        return trees.norm(image)
 
     @property
     def transpose(self) -> "LinearOperator":

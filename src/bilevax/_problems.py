@@ -131,6 +131,11 @@ class Problem(abc.ABC):
         change = trees.add_scaled(further, -1, self.optimality(x, y))
         return self.norm(change) / step
 
+    def rounding_error(self, x: PyTree, y: PyTree) -> jax.Array:
+        """Return how large ||F|| is by rounding errors at a solution near x, times ten."""
+        size = self.terms_norm(x, y)
+        return 10 * trees.epsilon(x) * jnp.where(jnp.isfinite(size), size, 0)
+
     def pull_outer(self, x: PyTree, y: PyTree, v: PyTree) -> tuple["Problem", PyTree]:
         """Return F_2(x, y)^T v, as cotangents of this problem's leaves and of y.
 

@@ -17,6 +17,9 @@ class LinearReport(NamedTuple):
       products: products with A, int32; -1 where the underlying library does not say.
       residual: ||b - A v|| / ||b||, measured with one product at the v returned, without unit; for
         `Neumann` at the sum without its last term.
+      rounding: how large `residual` is by rounding errors alone, ten times eps ||A|| ||v|| / ||b||
+        as it was measured; 0 where it was not. A solve that is CONVERGED with a `residual` above
+        it has met its tolerance; with one that is not above, no precision was left to gain.
 
     The property `contraction` is the mean factor by which a step changed the residual.
     """
@@ -25,6 +28,7 @@ class LinearReport(NamedTuple):
     iterations: jax.Array
     products: jax.Array
     residual: jax.Array
+    rounding: jax.Array | float = 0.0
 
     @property
     def contraction(self) -> jax.Array:
@@ -49,6 +53,8 @@ class SolveReport(NamedTuple):
         the last iterate; None for rules without one.
       dropped: under `OnFailure.DROP`, whether this or the correction failed, so that the task is a
         constant: a boolean per task, whose sum counts them. Else None.
+      rounding: how large ||F|| is by rounding errors alone near x, 10 eps ||F_1(x, y) x||; 0 where
+        the solver has an `atol` of its own. A `residual` that is not above has no digit to gain.
     """
 
     status: jax.Array
@@ -57,6 +63,7 @@ class SolveReport(NamedTuple):
     initial_residual: jax.Array
     correction: LinearReport | None = None
     dropped: jax.Array | None = None
+    rounding: jax.Array | float = 0.0
 
     @property
     def contraction(self) -> jax.Array:

@@ -20,13 +20,13 @@ class Status(enum.IntEnum):
     """
 
     CONVERGED = 0
-    """The tolerance was met."""
+    """The tolerance was met, or nothing but rounding is left: a report says which."""
     TRUNCATED = 1
     """The number of steps asked for was taken; no tolerance was set."""
     MAXITER = 2
     """The tolerance was not met within `maxiter` iterations."""
     STALLED = 3
-    """The solver could not improve its iterate any further in this precision."""
+    """No more progress could be made, short of the tolerance and of what rounding leaves."""
     DIVERGED = 4
     """The residual grew beyond any use."""
     NONFINITE = 5
@@ -35,6 +35,8 @@ class Status(enum.IntEnum):
     """The linear system is singular, or too close to it for this solver."""
     INDEFINITE = 7
     """A direction of negative curvature in a system declared positive definite."""
+    UNBOUNDED = 8
+    """The iterates run off to infinity, where F tends to zero: no minimiser is in sight."""
 
     @property
     def remedy(self) -> str:
@@ -57,6 +59,9 @@ _REMEDIES = {
     ),
     Status.BREAKDOWN: "regularise the inner problem or set `damping` on the linear solver",
     Status.INDEFINITE: "start nearer to a minimum, or declare `structure=Structure.SYMMETRIC`",
+    Status.UNBOUNDED: (
+        "add a penalty that keeps x bounded; if the problem has a far minimiser, lower `rtol`"
+    ),
 }
 
 

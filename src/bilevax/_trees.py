@@ -117,15 +117,23 @@ def inner(a: PyTree, b: PyTree) -> jax.Array:
 
 
 def norm(a: PyTree) -> jax.Array:
-    """Return the Euclidean norm as an array of the common dtype."""
-    return jnp.sqrt(inner(a, a))
+    """Return the Euclidean norm as an array of the common dtype, with derivative zero at zero.
 
-
-def scaled_norm(a: PyTree) -> jax.Array:
-    """Return the Euclidean norm, of numbers whose squares may be out of range too."""
-    size = max_abs(a)
-    unit = jnp.where(jnp.isfinite(size) & (size > 0), size, 1)
-    return unit * norm(jax.tree.map(lambda u: u / unit.astype(u.dtype), a))
+    Where squares would be out of range, entries are taken in another unit: a power of two, so that
+    no digit changes.
+    """
+    common = dtype(a)
+    wide = jnp.promote_types(common, jnp.float32)
+    exponent = int(jnp.finfo(wide).maxexp)
+    size, one = max_abs(a).astype(wide), jnp.ones((), wide)
+    factor = where(size > 2.0 ** (exponent // 4), one * 2.0 ** -(5 * exponent // 8), one)
+    factor = where(size < 2.0 ** -(exponent // 4), one * 2.0 ** (5 * exponent // 8), factor)
+    factor = jax.lax.stop_gradient(factor)
+    scaled = jax.tree.map(lambda u: u.astype(wide) * factor, a)
+    square = inner(scaled, scaled)
+    positive = square > 0
+    root = where(positive, jnp.sqrt(where(positive, square, one)), square)
+    return (root / factor).astype(common)
 
 
 def max_abs(a: PyTree) -> jax.Array:

@@ -77,7 +77,7 @@ def _unroll(
             sweep,
         )
         end = end._replace(iterate=reached.iterate)
-    x, summary = report(first, end)
+    x, summary = report(solver, problem, y, first, end)
     return x, jax.lax.stop_gradient(summary)
 
 

@@ -123,7 +123,7 @@ def test_right_hand_side_with_zero_entries():
 def test_right_hand_side_zero(matrix):
     v, report = solve(cg(), matrix, np.zeros(SIZE))
     np.testing.assert_array_equal(v, 0)
-    assert report == (Status.CONVERGED, 0, 2, 0)  # a step that leads nowhere, and the check
+    assert report == (Status.CONVERGED, 0, 2, 0, 0)  # a step that leads nowhere, and the check
 
 
 def test_condition_number_1e8():
@@ -244,7 +244,9 @@ def test_a_bad_guess_costs_one_product_and_nothing_else(bad, scale_of_b):
     b = scale_of_b * vector()
     without, cold = solve(cg(), MODERATE, b)
     v, report = solve(cg(), MODERATE, b, np.full(SIZE, bad * scale_of_b))
-    assert report == cold._replace(products=cold.products + 1)
+    assert report[:3] == cold._replace(products=cold.products + 1)[:3]
+    np.testing.assert_allclose(report.residual, cold.residual, atol=1e-14)
+    np.testing.assert_allclose(report.rounding, cold.rounding, rtol=1e-12)
     assert relative_error(v, without) < 1e-14
 
 

@@ -78,7 +78,7 @@ def test_damping_adds_a_multiple_of_the_identity():
 
 def test_products_are_counted_exactly():
     report, count = count_products(bx.Dense(), NONSYMMETRIC, B)
-    assert report.products == count == SIZE + 2
+    assert report.products == count == SIZE + 3
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])

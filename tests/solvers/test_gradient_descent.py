@@ -118,7 +118,8 @@ def armijo(x, first_step, decrease=1e-4, contraction=0.5):
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_backtracking_takes_the_first_step_that_armijo_accepts(steps, options):
     x = X0.copy()
-    step_size = 0.5 / max(np.linalg.norm(MATRIX @ x - B), 1)
+    gradient = MATRIX @ x - B  # the first trial is that of the curvature along it
+    step_size = 0.5 * np.linalg.norm(gradient) / np.linalg.norm(MATRIX @ gradient)
     for _ in range(steps):
         step_size = armijo(x, 2 * step_size, **options)
         x = x - step_size * (MATRIX @ x - B)

@@ -9,6 +9,7 @@ import optax.tree
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
+from bilevax import _mesh as mesh
 from bilevax import _trees as trees
 from bilevax._estimator import checked_point
 from bilevax._problems import Problem
@@ -191,7 +192,7 @@ def _newton_point(
 
     infinity = jnp.full((), jnp.inf, trees.dtype(x))
     start = _Newton(x, infinity, infinity > 0, jnp.zeros((), jnp.int32))
-    return jax.lax.while_loop(
+    return mesh.while_loop(
         lambda state: state.goes_on & (state.steps < _MAX_NEWTON_STEPS), step, start
     ).x
 
@@ -214,10 +215,10 @@ def bound(
     dtype = trees.dtype(x)
 
     def metric_norm(u: PyTree) -> jax.Array:  # ||u||
-        return trees.scaled_norm(_weigh(u, known.strong_convexity, jnp.multiply))
+        return trees.norm(_weigh(u, known.strong_convexity, jnp.multiply))
 
     def dual_norm(w: PyTree) -> jax.Array:  # ||w||_*
-        return trees.scaled_norm(_weigh(w, known.strong_convexity, jnp.divide))
+        return trees.norm(_weigh(w, known.strong_convexity, jnp.divide))
 
     # In these norms F is strongly monotone with the constant 1: <F(a) - F(b), a - b> >= ||a - b||^2
     # and <w, u> <= ||w||_* ||u||, so that ||x - x*|| <= ||F(x) - F(x*)||_* = ||F(x)||_*, and
@@ -242,7 +243,7 @@ def bound(
     slope_x, slope_y = slopes
     residual = optax.tree.sub(slope_x, pull(v)[0])
     own = trees.difference(slope_y, problem.pull_outer(x, y, v)[1])
-    moved = trees.scaled_norm(trees.floating(trees.difference(gradient, own)))
+    moved = trees.norm(trees.floating(trees.difference(gradient, own)))
     size_v = metric_norm(v)
 
     distance = dual_norm(optimality) + rounding * known.optimality_terms
@@ -252,7 +253,7 @@ def bound(
     from_x = known.outer_y + known.mixed_change * size_v
     from_x = from_x + mixed * (known.jacobian * size_v + known.outer_x)
     inner, adjoint = from_x * distance, mixed * left
-    terms = trees.scaled_norm(trees.floating(slope_y)) + known.mixed * size_v
+    terms = trees.norm(trees.floating(slope_y)) + known.mixed * size_v
     rounded = rounding * terms + mixed * lost
     widened = 1 + rounding  # for what happens to the bound itself
 

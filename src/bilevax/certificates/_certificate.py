@@ -259,7 +259,7 @@ def make_certificate(
     error = [number(u - w) for u, w in zip(gradient, reference, strict=True)]
     return Certificate(
         absolute=number(absolute),
-        relative=number(absolute / trees.scaled_norm(reference)),
+        relative=number(absolute / trees.norm(reference)),
         error=trees.with_floating(error, y),
         inner=number(inner),
         adjoint=number(adjoint),

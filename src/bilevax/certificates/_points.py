@@ -191,8 +191,8 @@ def judge(
     # Entries that are nearly exact must not hide one that converges slowly: what each would still
     # change by, at its own rate. An entry that did not change before has the rate 1.
     rates = jnp.minimum(after / jnp.where(before > 0, before, 1), 1)
-    coming = trees.scaled_norm(jnp.where(before > 0, rates, 1) * after)
-    size = trees.scaled_norm(before)
+    coming = trees.norm(jnp.where(before > 0, rates, 1) * after)
+    size = trees.norm(before)
     contraction = jnp.maximum(
         coming / jnp.where(change > 0, change, 1), change / jnp.where(size > 0, size, 1)
     )
@@ -205,7 +205,7 @@ def judge(
 
 def distance(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
     """Return the norm of the difference of two gradients."""
-    return trees.scaled_norm([u - w for u, w in zip(a, b, strict=True)])
+    return trees.norm([u - w for u, w in zip(a, b, strict=True)])
 
 
 def plus_one(count: jax.Array) -> jax.Array:

@@ -244,7 +244,7 @@ def _judge(
     converges = (contraction <= LARGEST_CONTRACTION) & solved
     is_near = distance(start.gradient, first.gradient) <= _LARGEST_CHANGE * second.terms
     # The size of dh/dy may be zero, at a stationary point.
-    size = trees.scaled_norm(second.gradient)
+    size = trees.norm(second.gradient)
     allowed = accuracy.allowed(size)
     error = change * jnp.where(converges, 1 / (1 - contraction), _NOISE) + floor
     # Linear solves in this precision cannot vouch for less than the smallest tolerance.

@@ -256,7 +256,7 @@ def _measure(problem: Problem, x: PyTree, y: PyTree, seed: Any) -> _Measured:
     signs = jax.random.rademacher(keys[1], (_PROBES, flat.size), flat.dtype)
     forward = jax.vmap(scaled)(signs)
     backward = jax.vmap(lambda v: columns * transposed(rows * v)[0])(signs)
-    apart, size = (jax.vmap(trees.scaled_norm)(v) for v in (forward - backward, forward))
+    apart, size = (jax.vmap(trees.norm)(v) for v in (forward - backward, forward))
     if flat.size <= _LARGEST_MATRIX:
         matrix = jax.vmap(scaled)(jnp.eye(flat.size, dtype=flat.dtype)).T
     else:
@@ -264,14 +264,14 @@ def _measure(problem: Problem, x: PyTree, y: PyTree, seed: Any) -> _Measured:
         matrix = _lanczos(scaled, start, 40)
 
     # The unit of x, and where x is zero that of its distance from a solution.
-    extent = trees.scaled_norm(flat / columns) / flat.size**0.5
-    step = trees.scaled_norm(rows * image) / flat.size**0.5
+    extent = trees.norm(flat / columns) / flat.size**0.5
+    step = trees.norm(rows * image) / flat.size**0.5
     extent = jnp.where(extent > 0, extent, jnp.where(step > 0, step, 1))
     uniform = jax.random.uniform(keys[3], (_PROBES, flat.size), flat.dtype, -1.0, 1.0)
     misfits, variations, places = jax.vmap(
         lambda v, key: _kink(optimality, flat, extent * columns * v, rows, key)
     )(uniform, jax.random.split(keys[2], _PROBES))
-    noise = trees.scaled_norm(rows * product(flat)) + trees.scaled_norm(rows * image)
+    noise = trees.norm(rows * product(flat)) + trees.norm(rows * image)
     return _Measured(
         jnp.asarray(value),
         image,
@@ -352,8 +352,8 @@ def _kink(
         nodes = a + (b - a) * _NODES.astype(x.dtype)
         slopes = jax.vmap(lambda s: rows * jax.jvp(at, (s,), (jnp.ones_like(s),))[1])(nodes)
         weights = (b - a) * _WEIGHTS.astype(x.dtype)
-        misfit = trees.scaled_norm(rows * (at_b - at_a) - weights @ slopes)
-        return misfit, weights @ jax.vmap(trees.scaled_norm)(slopes)
+        misfit = trees.norm(rows * (at_b - at_a) - weights @ slopes)
+        return misfit, weights @ jax.vmap(trees.norm)(slopes)
 
     def cut(i: Any, piece: Any) -> Any:
         a, b, at_a, at_b, *_ = piece

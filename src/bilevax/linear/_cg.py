@@ -15,11 +15,14 @@ from bilevax._operator import LinearOperator
 from bilevax._results import LinearReport
 from bilevax._status import Status, code, out_of_steps
 from bilevax.linear import _base as base
+from bilevax.linear._units import rescale
 
 PyTree = Any
-# What the next product is for. Below -2 stand the checks after which a status is final.
+# What the next product is for. Below -2 stand the checks after which a status is final, and below
+# them, where the tolerance is not met, measurements of the rounding error.
 _STEP = np.int32(-1)  # a step
 _CHECK = np.int32(-2)  # the true residual of the best iterate; if it is too large, steps follow
+_MEASURE = np.int32(-3 - len(Status))
 
 
 def _last_check(status: Any) -> Any:
@@ -27,11 +30,16 @@ def _last_check(status: Any) -> Any:
     return -3 - status
 
 
+def _measure(status: Any) -> Any:
+    """Return the phase that measures rounding before `status`, and the status for a phase."""
+    return _MEASURE - status
+
+
 class _State(NamedTuple):
     x: PyTree
     r: PyTree  # b - A x, by recurrence
     p: PyTree  # what the next product is with: the search direction, or the best iterate
-    rz: jax.Array  # <r, M r>
+    rz: jax.Array  # <r, M r>, with M in a unit that makes M b as large as b
     best: PyTree  # the iterate of smallest residual
     # In one array each, for a compiler makes a program for every array:
     numbers: jax.Array  # the `_Numbers`
@@ -45,10 +53,13 @@ class _Counts(NamedTuple):
 
 
 class _Numbers(NamedTuple):
-    size: jax.Array  # <p, M^{-1} p>, by recurrence
+    length: jax.Array  # a power of two; the p of the textbook is `length` times p
+    size: jax.Array  # <p, M^{-1} p>, by recurrence; of size one
     largest: jax.Array  # max over steps of <p, A p> / <p, M^{-1} p>, at most ||M A||
+    norm: jax.Array  # max over steps of <p, A p> / <p, p>, at most ||A||
     best: jax.Array  # ||r||^2 of the best iterate; infinite until there is one
     checked: jax.Array  # ||b - A x||^2 when it was last measured, else infinite
+    defect: jax.Array  # ||A (c x) - c A x||^2 when it was measured, else zero
 
 
 @trees.register
@@ -71,9 +82,10 @@ class CG(base.LinearSolver):
       damping: solves with A + damping * I.
 
     Returned status:
-      CONVERGED; MAXITER; TRUNCATED; INDEFINITE where a direction p has <p, A p> < 0; BREAKDOWN
-      where <p, A p> vanishes to rounding or a restart brings no progress, as on a singular system
-      (CONVERGED if the residual is below sqrt(eps) ||b|| by then); NONFINITE.
+      CONVERGED, also at rounding level (see `LinearReport.rounding`); MAXITER; TRUNCATED;
+      INDEFINITE where a direction p has <p, A p> < 0; where <p, A p> vanishes to rounding or a
+      restart brings no progress STALLED, if the residual is below sqrt(eps) ||b|| by then, and
+      BREAKDOWN else, as on a singular system; NONFINITE.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,14 +124,24 @@ class CG(base.LinearSolver):
         prepared: PyTree,
         transposed: bool,
     ) -> tuple[PyTree, LinearReport]:
-        # A is symmetric, and so is M.
-        apply_preconditioner = base.preconditioner_of(self, rhs, transposed=False)
+        # A is symmetric, and so is M. Its unit does not matter, so squares are kept in range.
+        apply_raw = base.preconditioner_of(self, rhs, transposed=False)
+        unit = jnp.ones((), trees.dtype(rhs))
+        if self.preconditioner is not None:
+            size, rhs_norm = trees.norm(apply_raw(rhs)), trees.norm(rhs)
+            known = jnp.isfinite(size) & (size > 0)  # and then b is not zero
+            unit = trees.where(known, size / trees.where(known, rhs_norm, unit), unit)
+
+        def apply_preconditioner(r: PyTree) -> PyTree:
+            return r if self.preconditioner is None else rescale(apply_raw(r), unit)
+
         maxiter = base.default_maxiter(rhs) if self.maxiter is None else self.maxiter
         maxiter = jnp.asarray(maxiter, jnp.int32)
         target = base.tolerance(operator, rhs, self.rtol, self.atol) ** 2
         rhs_square = trees.inner(rhs, rhs)
         exhausted = out_of_steps(self.rtol, self.atol)
-        none, infinity = jnp.zeros_like(rhs_square), jnp.full_like(rhs_square, jnp.inf)
+        none, one = jnp.zeros_like(rhs_square), jnp.ones_like(rhs_square)
+        infinity = jnp.full_like(rhs_square, jnp.inf)
         zero = optax.tree.zeros_like(rhs)
 
         def step(state: _State) -> _State:
@@ -127,12 +149,15 @@ class CG(base.LinearSolver):
             # step, or with the best iterate to measure its residual. Where steps follow a check, x
             # is that iterate, for a check is due as soon as its residual is below the tolerance.
             last, counts = _Numbers(*state.numbers), _Counts(*state.counts)
-            check = counts.phase != _STEP
+            check, measured = counts.phase != _STEP, counts.phase <= _MEASURE
             image = operator.matvec(state.p)
             curvature = trees.inner(state.p, image)
-            alpha = trees.where(check, none, state.rz / curvature)
+            alpha = trees.where(check, none, state.rz / last.length / curvature)
             x = trees.add_scaled(state.x, alpha, state.p)
             r = trees.where(check, rhs, state.r)
+            # A measurement follows a check of the same iterate, of which A x = b - r.
+            stretched = jax.tree.map(lambda b, r: base.STRETCH * (b - r), rhs, state.r)
+            r = trees.where(measured, stretched, r)
             r = trees.add_scaled(r, -trees.where(check, jnp.ones_like(alpha), alpha), image)
             square, best = trees.inner(r, r), state.best
             if guess is not None:
@@ -148,15 +173,22 @@ class CG(base.LinearSolver):
             rounding = operator.rounding * last.largest * last.size
             good = ~check & (curvature > 0.5 * rounding) & jnp.isfinite(square) & (rz >= 0)
             better = good & (square < last.best)
-            checked = check & jnp.isfinite(last.best)
+            checked = check & ~measured
             best = trees.where(better, x, best)
             iterations = counts.iterations + good.astype(jnp.int32)
-            largest = jnp.maximum(last.largest, curvature / last.size)
+            largest = quotient = curvature / last.size
+            if self.preconditioner is not None:
+                quotient = curvature / trees.inner(state.p, state.p)
+            # z and the last p are orthogonal where <., M^{-1} .> is the inner product.
+            length, size = _normalise(rz + (beta * last.length) ** 2 * last.size)
             numbers = _Numbers(
-                size=rz + beta**2 * last.size,
-                largest=trees.where(good, largest, last.largest),
-                best=trees.where(better | checked, square, last.best),
-                checked=trees.where(check, square, last.checked),
+                length=length,
+                size=size,
+                largest=jnp.maximum(last.largest, trees.where(good, largest, none)),
+                norm=jnp.maximum(last.norm, trees.where(good, quotient, none)),
+                best=trees.where(better | (checked & jnp.isfinite(last.best)), square, last.best),
+                checked=trees.where(checked, square, last.checked),
+                defect=trees.where(measured, square, last.defect),
             )
 
             # After a step: carry on, or check the iterate that is to be returned.
@@ -174,14 +206,20 @@ class CG(base.LinearSolver):
             after_check = trees.where(stuck, code(Status.BREAKDOWN), _STEP)
             is_last = counts.phase < _CHECK
             after_check = trees.where(is_last, _last_check(counts.phase), after_check)
+            unmet = (after_check == Status.BREAKDOWN) & jnp.isfinite(numbers.best)
+            after_check = trees.where(unmet, _measure(after_check), after_check)
             after_check = trees.where(square <= target, code(Status.CONVERGED), after_check)
             phase = trees.where(check, after_check, after_step)
+            phase = trees.where(measured, _measure(counts.phase), phase)
             # Not by beta = 0 alone, for after a check of a bad guess p may be infinite.
-            direction = trees.where(check, z, trees.add_scaled(z, beta, state.p))
+            direction = trees.where(check, z, trees.add_scaled(z, beta * last.length, state.p))
+            direction = rescale(direction, numbers.length)
+            factor = trees.where(phase <= _MEASURE, base.STRETCH * one, one)
+            iterate = trees.scale(factor, best)
             return _State(
                 x=x,
                 r=r,
-                p=trees.where(phase <= _CHECK, best, direction),
+                p=trees.where(phase <= _CHECK, iterate, direction),
                 rz=rz,
                 best=best,
                 numbers=jnp.stack(numbers),
@@ -197,6 +235,9 @@ class CG(base.LinearSolver):
         else:  # the first product measures the guess, whatever `maxiter` is
             first, first_square = trees.where(rhs_square > 0, guess, zero), rhs_square
             p, phase = first, jnp.where(maxiter > 0, _CHECK, _last_check(exhausted))
+        length, size = _normalise(rz)
+        if guess is None:
+            p = rescale(p, length)
         zero_count = jnp.zeros((), jnp.int32)
         start = _State(
             x=first,
@@ -204,20 +245,33 @@ class CG(base.LinearSolver):
             p=p,
             rz=rz,
             best=first,
-            numbers=jnp.stack(_Numbers(rz, none, first_square, infinity)),
+            numbers=jnp.stack(_Numbers(length, size, none, none, first_square, infinity, none)),
             counts=jnp.stack(_Counts(phase, zero_count, zero_count)),
         )
         end = mesh.while_loop(lambda state: _Counts(*state.counts).phase < 0, step, start)
         phase, iterations, products = _Counts(*end.counts)
 
         # Never a zero in place of a solution: without any iterate the result is NaN.
-        square = _Numbers(*end.numbers).best
+        numbers = _Numbers(*end.numbers)
+        square = numbers.best
         empty = jnp.isinf(square) & (rhs_square > 0)
         solution = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), end.best)
         relative = trees.where(empty, rhs_square, square)
         relative = relative / jnp.where(rhs_square > 0, rhs_square, 1)
         residual = jnp.where(rhs_square > 0, jnp.sqrt(relative), 0)
-        done = (phase == Status.BREAKDOWN) & (relative <= base.attainable(operator) ** 2)
-        done = done | (rhs_square == 0)
-        status = jnp.where(done, code(Status.CONVERGED), phase)
-        return solution, LinearReport(status, iterations, products, residual)
+        rhs_norm, size = jnp.sqrt(rhs_square), numbers.norm * trees.norm(end.best)
+        rounding = base.rounding_level(operator, jnp.sqrt(numbers.defect), size, rhs_norm)
+        ended = base.end_of_progress(operator, residual)
+        status = jnp.where(phase == Status.BREAKDOWN, ended, phase)
+        done = (phase == Status.BREAKDOWN) | (phase == Status.MAXITER)
+        done = (done & (residual <= rounding)) | (rhs_square == 0)
+        status = jnp.where(done, code(Status.CONVERGED), status)
+        return solution, LinearReport(status, iterations, products, residual, rounding)
+
+
+def _normalise(square: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return a power of two near the root of a number, and the number divided by its square."""
+    known = jnp.isfinite(square) & (square > 0)
+    exponent = jnp.frexp(trees.where(known, square, jnp.ones_like(square)))[1]
+    length = jnp.ldexp(jnp.ones_like(square), exponent // 2)
+    return length, square / length / length

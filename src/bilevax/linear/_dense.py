@@ -20,11 +20,13 @@ PyTree = Any
 
 class _Cholesky(NamedTuple):
     lower: jax.Array
+    size: jax.Array  # ||A|| from below
 
 
 class _LU(NamedTuple):
     factors: jax.Array
     pivots: jax.Array
+    size: jax.Array
 
 
 @trees.register
@@ -41,9 +43,10 @@ class Dense(base.LinearSolver):
       damping: factors A + damping * I.
 
     Returned status:
-      CONVERGED (relative residual below sqrt(eps)); INDEFINITE where Cholesky fails; BREAKDOWN
-      where the matrix is singular; NONFINITE. `iterations` is 1, `products` counts the columns and
-      the one product that measures the residual.
+      CONVERGED where the residual is at rounding level, as is that of every stable solve;
+      INDEFINITE where Cholesky fails; BREAKDOWN where the matrix is singular to this precision;
+      STALLED; NONFINITE. `iterations` is 1, `products` counts the columns and the three products
+      that tell how good the solution is.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,9 +69,11 @@ class Dense(base.LinearSolver):
 
     def prepare(self, operator: LinearOperator) -> _Cholesky | _LU:
         matrix = materialise(operator, self.batch_size)
+        size = _norm_from_below(matrix)
         if operator.structure is Structure.POSITIVE_DEFINITE:
-            return _Cholesky(jax.scipy.linalg.cholesky(matrix, lower=True))
-        return _LU(*jax.scipy.linalg.lu_factor(matrix))
+            return _Cholesky(jax.scipy.linalg.cholesky(matrix, lower=True), size)
+        factors, pivots = jax.scipy.linalg.lu_factor(matrix)
+        return _LU(factors, pivots, size)
 
     def solve(
         self,
@@ -83,16 +88,23 @@ class Dense(base.LinearSolver):
             v = jax.scipy.linalg.cho_solve((prepared.lower, True), rhs)
             failed = jnp.any(jnp.isnan(prepared.lower))
         else:
-            v = jax.scipy.linalg.lu_solve(prepared, rhs, trans=1 if transposed else 0)
+            factors = (prepared.factors, prepared.pivots)
+            v = jax.scipy.linalg.lu_solve(factors, rhs, trans=1 if transposed else 0)
             failed = jnp.any(jnp.diagonal(prepared.factors) == 0)
-        relative, status = base.measure(operator, v, rhs, 0.0, 0.0)
+        relative, rounding, status = base.measure(operator, v, rhs, 0.0, 0.0, prepared.size)
         finite = jnp.isfinite(trees.norm(operator.matvec(rhs)))
         bad = Status.INDEFINITE if isinstance(prepared, _Cholesky) else Status.BREAKDOWN
         status = jnp.where(failed & finite, code(bad), status)
-        products = trees.dimension(rhs) + 2
-        return v, LinearReport(
-            status, jnp.ones((), jnp.int32), jnp.full((), products, jnp.int32), relative
-        )
+        products = jnp.full((), trees.dimension(rhs) + 3, jnp.int32)
+        return v, LinearReport(status, jnp.ones((), jnp.int32), products, relative, rounding)
+
+
+def _norm_from_below(matrix: jax.Array) -> jax.Array:
+    """Return the largest norm of a column or a row, which ||A|| is not below."""
+    largest = trees.max_abs(matrix)
+    squares = jnp.square(matrix / jnp.where(largest > 0, largest, 1))
+    square = jnp.maximum(jnp.max(jnp.sum(squares, axis=0)), jnp.max(jnp.sum(squares, axis=1)))
+    return largest * jnp.sqrt(square)
 
 
 def materialise(operator: LinearOperator, batch_size: int) -> jax.Array:

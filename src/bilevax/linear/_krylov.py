@@ -18,6 +18,7 @@ from bilevax.linear._recurrences import minimal_residual, stabilised_bicg
 from bilevax.linear._units import first_iterate, rescale, unit_sized
 
 PyTree = Any
+_TIGHT = 0.01  # part of what is needed, after which a cycle that brings nothing is the last
 
 
 class _Cycle(NamedTuple):
@@ -25,6 +26,7 @@ class _Cycle(NamedTuple):
     r: PyTree  # b - A x
     norm: jax.Array  # ||r||
     cycles: jax.Array
+    part: jax.Array  # of what is needed, to which the next cycle goes
     stuck: jax.Array  # the last cycle brought nothing
 
 
@@ -46,8 +48,9 @@ class GMRES(base.LinearSolver):
       damping: solves with A + damping * I.
 
     Returned status:
-      CONVERGED (also where it stalls below sqrt(eps)); MAXITER; TRUNCATED (both tolerances zero);
-      BREAKDOWN where a whole cycle brings nothing, as on a singular system; NONFINITE.
+      CONVERGED, also at rounding level (see `LinearReport.rounding`); MAXITER; TRUNCATED (both
+      tolerances zero); where a whole cycle brings nothing STALLED, if the residual is below
+      sqrt(eps) by then, and BREAKDOWN else, as on a singular system; NONFINITE.
       `iterations` counts cycles; `products` is an upper bound, as a cycle may end early.
 
     Example:
@@ -97,8 +100,8 @@ class GMRES(base.LinearSolver):
             return (state.norm > target) & ~state.stuck & (state.cycles < self.maxiter)
 
         def cycle(state: _Cycle) -> _Cycle:
-            # Half of what is needed: inside of a cycle the residual is an estimate.
-            enough: Any = 0.5 * target / state.norm
+            # A part of what is needed: inside of a cycle the residual is an estimate.
+            enough: Any = jnp.maximum(state.part * target / state.norm, operator.rounding)
             unit_residual = rescale(state.r, state.norm)
             u = minimal_residual(unit_product.matvec, unit_residual, enough, restart)
             move = rescale(precondition(u), size)
@@ -106,24 +109,30 @@ class GMRES(base.LinearSolver):
             r = trees.add_scaled(rhs, -1, operator.matvec(x))
             norm = trees.norm(r)
             better, stuck = norm < state.norm, ~(norm < 0.99 * state.norm)
-            following = _Cycle(x, r, norm, state.cycles, stuck)
+            stuck = stuck & (state.part < _TIGHT)
+            following = _Cycle(x, r, norm, state.cycles, state.part, stuck)
             kept = trees.where(better, following, state._replace(stuck=stuck))
-            return kept._replace(cycles=state.cycles + 1)
+            return kept._replace(cycles=state.cycles + 1, part=0.1 * state.part)
 
         x, r, _ = first_iterate(operator, rhs, guess)
         none = jnp.zeros((), jnp.int32)
-        first = _Cycle(x, r, trees.norm(r), none, jnp.zeros((), bool))
-        x, _, norm, cycles, stuck = mesh.while_loop(proceed, cycle, first)
+        part = jnp.full_like(rhs_norm, 0.5)
+        first = _Cycle(x, r, trees.norm(r), none, part, jnp.zeros((), bool))
+        x, r, norm, cycles, _, stuck = mesh.while_loop(proceed, cycle, first)
         relative = norm / jnp.where(rhs_norm > 0, rhs_norm, 1)
+        # Where v is preconditioned, `size` is that of another operator.
+        known = size if self.preconditioner is None else 0.0
+        image = trees.add_scaled(rhs, -1, r)
+        rounding = base.rounding_error(operator, x, image, rhs, known)
         status = out_of_steps(self.rtol, self.atol)
-        status = jnp.where(stuck, code(Status.BREAKDOWN), status)
-        floor = (norm <= target) | (stuck & (relative <= base.attainable(operator)))
-        status = jnp.where(floor, code(Status.CONVERGED), status)
+        status = jnp.where(stuck, base.end_of_progress(operator, relative), status)
+        at_rounding = (status != Status.TRUNCATED) & (relative <= rounding)
+        status = jnp.where((norm <= target) | at_rounding, code(Status.CONVERGED), status)
         status = jnp.where(jnp.isfinite(size), status, code(Status.NONFINITE))
-        products = 1 + int(guess is not None) + cycles * (restart + 1)
+        products = 2 + int(guess is not None) + cycles * (restart + 1)
         empty = ~(relative < base.no_better(operator)) & (rhs_norm > 0)  # no solution at all
         x = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), x)
-        return x, LinearReport(status, cycles, products, relative)
+        return x, LinearReport(status, cycles, products, relative, rounding)
 
 
 @trees.register
@@ -131,7 +140,8 @@ class GMRES(base.LinearSolver):
 class BiCGStab(base.LinearSolver):
     """BiCGStab for any system A v = b: short recurrences, no structure needed.
 
-    Its recurrence says when to stop; then ||b - A v|| is measured with one product.
+    Its recurrence says when to stop; then ||b - A v|| and its rounding error are measured with two
+    products.
 
     Args:
       rtol: relative tolerance on ||b - A v|| / ||b||; None follows the inner solver's tolerance,
@@ -142,7 +152,8 @@ class BiCGStab(base.LinearSolver):
       damping: solves with A + damping * I.
 
     Returned status:
-      CONVERGED (also where it ends below sqrt(eps)); BREAKDOWN where it ends above; NONFINITE.
+      CONVERGED, also at rounding level (see `LinearReport.rounding`); STALLED where it ends below
+      sqrt(eps), BREAKDOWN where it ends above; NONFINITE.
       `iterations` and `products` are -1: the library does not say.
 
     Example:
@@ -186,7 +197,8 @@ class BiCGStab(base.LinearSolver):
         target: Any = jnp.maximum(base.tolerance(operator, rhs, self.rtol, self.atol), floor)
         precondition = base.preconditioner_of(self, rhs, transposed)
         x = stabilised_bicg(operator.matvec, rhs, first, target, maxiter, precondition)
-        relative, status = base.measure(operator, x, rhs, self.rtol, self.atol)
+        one = jnp.ones_like(size)  # for A / size
+        relative, rounding, status = base.measure(operator, x, rhs, self.rtol, self.atol, one)
         unsolved = status != Status.CONVERGED
         # A breakdown leaves a useless iterate behind: go back to the guess, or to NaN.
         reached = first_norm * jnp.where(is_guess, 1, base.no_better(operator))
@@ -195,4 +207,4 @@ class BiCGStab(base.LinearSolver):
         relative = jnp.where(useless, first_norm / trees.norm(rhs), relative)
         status = jnp.where(useless & jnp.isfinite(size), code(Status.BREAKDOWN), status)
         unknown = jnp.full((), -1, jnp.int32)
-        return rescale(x, size), LinearReport(status, unknown, unknown, relative)
+        return rescale(x, size), LinearReport(status, unknown, unknown, relative, rounding)

@@ -25,14 +25,15 @@ PyTree = Any
 @trees.register
 @dataclasses.dataclass(frozen=True)
 class LineaxSolver(base.LinearSolver):
-    """Any solver of Lineax, with the status measured afterwards by one product.
+    """Any solver of Lineax, with the status measured afterwards by three products.
 
     Args:
       solver: a `lineax.AbstractLinearSolver` (static: other numbers in it compile anew).
       damping: solves with A + damping * I.
 
     Returned status:
-      CONVERGED where the relative residual is below sqrt(eps); BREAKDOWN; NONFINITE.
+      CONVERGED where the residual is at rounding level or meets the tolerance of the solver;
+      STALLED where it is below sqrt(eps), BREAKDOWN where it is above; NONFINITE.
       `iterations` is what the solver states, -1 if it does not; `products` is -1.
 
     Raises:
@@ -89,13 +90,19 @@ class LineaxSolver(base.LinearSolver):
             system, rescale(rhs, unit), self.solver, options=options, throw=False
         )
         solution = trees.scale(unit, result.value)
-        relative, status = base.measure(operator, solution, rhs, 0.0, 0.0)
+        image_norm, rhs_norm = trees.norm(operator.matvec(rhs)), trees.norm(rhs)
+        known = image_norm / jnp.where(rhs_norm > 0, rhs_norm, 1)
+        # Where it has tolerances, it stops at |r| <= atol + rtol |b|, entry by entry.
+        rtol, atol = getattr(self.solver, "rtol", 0.0), getattr(self.solver, "atol", 0.0)
+        largest = rtol * rhs_norm + unit * atol * trees.dimension(rhs) ** 0.5
+        relative, rounding, status = base.measure(operator, solution, rhs, 0.0, largest, known)
         # A direct solver divides by zero where the matrix, though finite, is singular.
-        finite = jnp.isfinite(trees.norm(operator.matvec(rhs)))
+        finite = jnp.isfinite(image_norm)
         singular = (status == Status.NONFINITE) & finite
         status = jnp.where(singular, code(Status.BREAKDOWN), status)
         # Some give up with zero, where there is nothing to return.
         empty = (status != Status.CONVERGED) & ~(relative < base.no_better(operator))
         solution = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), solution)
         iterations = jnp.asarray(result.stats.get("num_steps", -1), jnp.int32)
-        return solution, LinearReport(status, iterations, jnp.full((), -1, jnp.int32), relative)
+        unknown = jnp.full((), -1, jnp.int32)
+        return solution, LinearReport(status, iterations, unknown, relative, rounding)

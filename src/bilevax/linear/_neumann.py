@@ -127,7 +127,7 @@ class Neumann(base.LinearSolver):
         status = jnp.where(jnp.isfinite(norm), status, code(Status.NONFINITE))
         is_bounded = self.step_size is None and plain is None
         extra = _norm_products(operator) if is_bounded else 0
-        return v, LinearReport(status, terms, terms + extra, relative)
+        return v, LinearReport(status, terms, terms + extra, relative, jnp.zeros_like(relative))
 
 
 _POWER_ITERATIONS = 20

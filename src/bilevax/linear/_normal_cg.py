@@ -36,7 +36,8 @@ class NormalCG(base.LinearSolver):
 
     Minimises ||b - A v|| over growing Krylov spaces, so the residual never rises; the price is the
     square of the condition number and two products a step (one with A, one with A^T).
-    On a singular system it tends to the least-squares solution and reports BREAKDOWN.
+    On a singular system it tends to the least-squares solution and reports BREAKDOWN. As the
+    condition number is squared, it may end far above the rounding level of the system: STALLED.
 
     Args:
       rtol: relative tolerance on ||b - A v|| / ||b||; None follows the inner solver's tolerance,
@@ -47,8 +48,9 @@ class NormalCG(base.LinearSolver):
       damping: solves with A + damping * I.
 
     Returned status:
-      CONVERGED; MAXITER; TRUNCATED (both tolerances zero); BREAKDOWN where A^T r vanishes but r
-      does not; NONFINITE.
+      CONVERGED, also at rounding level (see `LinearReport.rounding`); MAXITER; TRUNCATED (both
+      tolerances zero); where A^T r vanishes but r does not STALLED, if ||r|| is below
+      sqrt(eps) ||b||, and BREAKDOWN else; NONFINITE.
 
     Example:
       >>> import jax.numpy as jnp
@@ -137,14 +139,16 @@ class NormalCG(base.LinearSolver):
 
         end = mesh.while_loop(proceed, step, start_from(trees.scale(unit, first), residual))
 
-        relative, status = base.measure(operator, end.x, rhs, self.rtol, self.atol)
+        # <A p, A p> / <p, p> is known, unless it is that of another operator.
+        size = jnp.sqrt(end.largest) if self.preconditioner is None else 0.0
+        relative, rounding, status = base.measure(operator, end.x, rhs, self.rtol, self.atol, size)
         exhausted = out_of_steps(self.rtol, self.atol)
-        unfinished = (status == Status.BREAKDOWN) & (end.iterations >= maxiter)
-        unfinished = unfinished & has_direction(end)
+        unfinished = (status == Status.BREAKDOWN) | (status == Status.STALLED)
+        unfinished = unfinished & (end.iterations >= maxiter) & has_direction(end)
         status = jnp.where(unfinished, exhausted, status)
-        products = 2 * end.iterations + 3 + int(guess is not None)
+        products = 2 * end.iterations + 4 + int(guess is not None)
         # Steps that were asked for count even where they bring little; steps along rounding do not.
         ended = (end.iterations == 0) | (status == Status.BREAKDOWN)
         empty = ended & (trees.norm(rhs) > 0) & ~(relative < base.no_better(operator))
         x = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), end.x)
-        return rescale(x, unit), LinearReport(status, end.iterations, products, relative)
+        return rescale(x, unit), LinearReport(status, end.iterations, products, relative, rounding)

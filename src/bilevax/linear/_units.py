@@ -16,10 +16,7 @@ PyTree = Any
 def unit_sized(operator: LinearOperator, rhs: PyTree) -> tuple[LinearOperator, jax.Array]:
     """Return A / size and size = ||A b|| / ||b|| (1 where that is zero), at the price of A b."""
     rhs_norm = trees.norm(rhs)
-    image = operator.matvec(rhs)
-    largest = trees.max_abs(image)
-    largest = jnp.where(largest == 0, 1, largest)
-    size = largest * trees.norm(rescale(image, largest)) / jnp.where(rhs_norm > 0, rhs_norm, 1)
+    size = trees.norm(operator.matvec(rhs)) / jnp.where(rhs_norm > 0, rhs_norm, 1)
     size = jnp.where(size == 0, 1, size)
     return operator.with_matvec(lambda v: rescale(operator.matvec(v), size)), size
 

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from bilevax import _trees as trees
@@ -90,7 +89,7 @@ def next_trial(search: Search, projection: Partial | None) -> PyTree:
 
 
 def _add(y: PyTree, move: jax.Array) -> PyTree:
-    flat, unravel = ravel_pytree(y)
+    flat, unravel = trees.ravel(y)
     return unravel(flat + move)
 
 
@@ -98,8 +97,8 @@ def begun(
     search: Search, base: PyTree, found: Judged, accepted: jax.Array, projection: Partial | None
 ) -> Search:
     """Return the first trial from a new base, or from the old one that was evaluated again."""
-    gradient, before = ravel_pytree(found.gradient)[0], ravel_pytree(search.at.gradient)[0]
-    move = ravel_pytree(trees.difference(base, search.y))[0]
+    gradient, before = trees.ravel(found.gradient)[0], trees.ravel(search.at.gradient)[0]
+    move = trees.ravel(trees.difference(base, search.y))[0]
     change, length = gradient - before, jnp.linalg.norm(move)
     errors = found.gradient_error + search.at.gradient_error
     is_known = accepted & (move @ change > _TRUST * errors * length)
@@ -138,7 +137,7 @@ def shortened(search: Search, y: PyTree, found: Judged) -> Search:
     factor = jnp.where(jnp.isnan(factor), _SHORTEST, jnp.clip(factor, _SHORTEST, _SHORTER))
     step_size, rejections = factor * search.step_size, search.rejections + 1
     # A gradient that is accurate enough leads downhill, whatever the memory makes of it.
-    gradient = ravel_pytree(search.at.gradient)[0]
+    gradient = trees.ravel(search.at.gradient)[0]
     length, size = jnp.linalg.norm(search.direction), jnp.linalg.norm(gradient)
     plain = rejections == _PATIENCE
     direction = jnp.where(plain, -gradient, search.direction)

@@ -117,4 +117,5 @@ def _merge(first: LinearReport | None, second: LinearReport) -> LinearReport:
         first.iterations + second.iterations,
         first.products + second.products,
         jnp.maximum(first.residual, second.residual),
+        jnp.minimum(first.rounding, second.rounding),
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax.tree
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
@@ -43,6 +44,9 @@ class Step(abc.ABC):
 class NewtonStep(Step):
     """P = F_1(x, y): one Newton step. What is left of ||x - x*|| is its square.
 
+    F_1 s = F is solved to the rounding error of F and no further: where F_1 is singular along a
+    direction that changes nothing, what rounding leaves of F along it has no solution.
+
     Args:
       linear_solver: for F_1 s = F. None is `CG()` where F_1 is declared positive definite and
         `GMRES()` elsewhere, at the tolerance of the inner solver.
@@ -70,8 +74,23 @@ class NewtonStep(Step):
         self, problem: Problem, x: PyTree, y: PyTree, settings: Settings
     ) -> tuple[PyTree, LinearReport]:
         optimality, jacobian = problem.linearize(x, y)
-        solver = resolve_linear_solver(self.linear_solver, problem, settings)
-        return linear_solve(jacobian, optimality, solver)
+        solver: Any = resolve_linear_solver(self.linear_solver, problem, settings)
+        noise = problem.rounding_error(x, y)
+        if hasattr(solver, "atol"):
+            solver = dataclasses.replace(solver, atol=jnp.maximum(solver.atol, noise))
+        step, report = linear_solve(jacobian, optimality, solver)
+
+        size, status = trees.norm(optimality), report.status
+        unsolved = (status == Status.MAXITER) | (status == Status.STALLED)
+        unsolved = unsolved | (status == Status.BREAKDOWN)
+        nothing = unsolved & (size <= noise)  # to be corrected
+        step = trees.where(nothing, optax.tree.zeros_like(step), step)
+        done = nothing | (unsolved & (report.residual * size <= noise))
+        level = noise / jnp.where(size > 0, size, 1)
+        return step, report._replace(
+            status=jnp.where(done, code(Status.CONVERGED), status),
+            rounding=jnp.maximum(report.rounding, level),
+        )
 
 
 @trees.register

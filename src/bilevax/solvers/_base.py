@@ -37,7 +37,8 @@ class Solver(abc.ABC):
     `maxiter`. The loop stops when ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol). By default `rtol` is
     eps^(3/4) (1.8e-12 in float64, 6.4e-6 in float32), and `atol` is the rounding error of F at a
     solution near x0: 10 eps ||F_1(x0, y) x0||, or 10 eps ||x0|| for a fixed point. So defaults do
-    not depend on the unit of F. With `rtol=0` and `atol=0` exactly `maxiter` steps are taken.
+    not depend on the unit of F; and a run that can do no more is CONVERGED where ||F|| is at that
+    level at its last iterate. With `rtol=0` and `atol=0` exactly `maxiter` steps are taken.
     """
 
     rtol: Any

@@ -14,7 +14,7 @@ from bilevax.solvers._line_search import (
     Backtracking,
     backtrack,
     evaluate,
-    first_step_size,
+    longest_step,
     no_single_step,
 )
 
@@ -23,7 +23,7 @@ PyTree = Any
 
 class _State(NamedTuple):
     direction: PyTree
-    step_size: jax.Array
+    length: jax.Array  # of the last step
 
 
 @trees.register
@@ -35,7 +35,8 @@ class ConjugateGradient(base.Solver):
 
     One Hessian-vector product and one gradient a step, no tuning. On a quadratic objective it is
     the linear method and ends in at most dim(x) steps. Where the curvature is not positive, the
-    line search starts from twice the last step.
+    line search starts from twice the length of the last step, or from what the same curvature
+    with the other sign suggests if that is more.
 
     Args:
       rtol: stop at ||F(x, y)|| <= max(rtol ||F(x0, y)||, atol).
@@ -76,7 +77,7 @@ class ConjugateGradient(base.Solver):
 
     def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
         evaluation, norm = self.evaluate(problem, x, y)
-        state = _State(trees.negative(evaluation.optimality), first_step_size(evaluation))
+        state = _State(trees.negative(evaluation.optimality), jnp.zeros_like(norm))
         return base.Iterate(x, evaluation, norm, state, jnp.zeros((), bool))
 
     def one_step(self, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
@@ -84,20 +85,29 @@ class ConjugateGradient(base.Solver):
 
     def step(self, problem: Problem, iterate: base.Iterate, y: PyTree) -> base.Iterate:
         optimality = iterate.evaluation.optimality
-        direction, last_step = iterate.state
+        direction, last_length = iterate.state
         _, jacobian = problem.linearize(iterate.x, y)
-        curvature = trees.inner(direction, jacobian.matvec(direction))
-        exact = -trees.inner(optimality, direction) / jnp.where(curvature > 0, curvature, 1)
-        first_step = jnp.where(curvature > 0, exact, 2 * last_step)
-        found = backtrack(self.line_search, problem, iterate, y, direction, first_step)
+        # Squares of F may be out of range, so all products are with vectors of unit size.
+        unit = _unit_sized(direction, trees.norm(direction))
+        curvature = trees.inner(unit, jacobian.matvec(unit))
+        steepness = jnp.abs(curvature)
+        exact = -trees.inner(optimality, unit) / jnp.where(steepness > 0, steepness, 1)
+        exact = jnp.where(steepness > 0, exact, longest_step(iterate.x))
+        length = jnp.where(curvature > 0, exact, jnp.maximum(2 * last_length, exact))
+        found = backtrack(self.line_search, problem, iterate, y, unit, length)
 
-        following = found.evaluation.optimality
-        change = trees.add_scaled(following, -1, optimality)
+        following, size = found.evaluation.optimality, iterate.residual
+        optimality, following_unit = _unit_sized(optimality, size), _unit_sized(following, size)
+        change = trees.add_scaled(following_unit, -1, optimality)
         square = trees.inner(optimality, optimality)
-        beta = trees.inner(following, change) / jnp.where(square > 0, square, 1)
+        beta = trees.inner(following_unit, change) / jnp.where(square > 0, square, 1)
         beta = jnp.maximum(0, beta)
         steepest = trees.negative(following)
         direction = trees.add_scaled(steepest, beta, direction)
-        descends = trees.inner(following, direction) < 0
+        descends = trees.inner(following_unit, _unit_sized(direction, size)) < 0
         direction = trees.where(descends, direction, steepest)
         return found._replace(state=_State(direction, found.state))
+
+
+def _unit_sized(tree: PyTree, size: jax.Array) -> PyTree:
+    return trees.scale(1 / jnp.where(size > 0, size, 1), tree)

@@ -27,8 +27,8 @@ class GradientDescent(base.Solver):
     """Gradient descent: x <- x - learning_rate * F(x, y).
 
     With a constant rate it also solves roots and fixed points whose F_1 is positive. With
-    `Backtracking()` each step tries twice the last accepted rate and shrinks it; that needs
-    `minimum(...)`.
+    `Backtracking()` each step tries twice the last accepted rate and shrinks it, and the first one
+    what the curvature along F suggests; that needs `minimum(...)`.
 
     Args:
       learning_rate: a positive number, or `Backtracking(...)`. For an objective with largest
@@ -70,8 +70,8 @@ class GradientDescent(base.Solver):
         evaluation, norm = self.evaluate(problem, x, y)
         if not isinstance(self.learning_rate, Backtracking):
             return base.Iterate(x, evaluation, norm)
-        # No step is known to be good yet.
-        step_size = first_step_size(evaluation)
+        # The first trial is twice that.
+        step_size = 0.5 * first_step_size(problem, x, y, evaluation.optimality)
         return base.Iterate(x, evaluation, norm, step_size, jnp.zeros((), bool))
 
     def one_step(self, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
@@ -144,7 +144,9 @@ class AcceleratedGradient(base.Solver):
         step_size = -jnp.asarray(self.learning_rate)
         gradient_step = trees.add_scaled(iterate.x, step_size, optimality)
         move = trees.add_scaled(gradient_step, -1, state.previous)
-        weight = jnp.where(trees.inner(optimality, move) > 0, 1, state.weight)
+        size = jnp.where(iterate.residual > 0, iterate.residual, 1)
+        uphill = trees.inner(trees.scale(1 / size, optimality), move) > 0
+        weight = jnp.where(uphill, 1, state.weight)
         next_weight = (1 + jnp.sqrt(1 + 4 * weight**2)) / 2
         x = trees.add_scaled(gradient_step, (weight - 1) / next_weight, move)
         momentum = _Momentum(gradient_step, next_weight)

@@ -75,11 +75,24 @@ def evaluate(problem: Problem, x: PyTree, y: PyTree) -> tuple[Evaluation, jax.Ar
     return Evaluation(value, optimality), problem.norm(optimality)
 
 
-def first_step_size(evaluation: Evaluation) -> jax.Array:
-    """Return half of a step size that makes a gradient step of unit length, or less."""
-    # Not by the norm, which has no derivative at zero.
-    square = trees.inner(evaluation.optimality, evaluation.optimality)
-    return 0.5 * jax.lax.rsqrt(jnp.maximum(square, 1))
+def first_step_size(problem: Problem, x: PyTree, y: PyTree, optimality: PyTree) -> jax.Array:
+    """Return the step size 1 / ||F_1 u||, u = F / ||F||, of a minimum.
+
+    The gradient step of that size is right where the curvature is that along F, in any unit of f
+    and x. Where there is none, it is as long as x, or of length one if x is zero.
+    """
+    size = trees.norm(optimality)
+    unit = trees.scale(1 / jnp.where(size > 0, size, 1), optimality)
+    # The transpose, for some objectives have no forward derivative; F_1 is symmetric.
+    curvature = trees.norm(jax.vjp(lambda x: problem.optimality(x, y), x)[1](unit)[0])
+    flat = longest_step(x) / jnp.where(size > 0, size, 1)
+    return jnp.where(curvature > 0, 1 / jnp.where(curvature > 0, curvature, 1), flat)
+
+
+def longest_step(x: PyTree) -> jax.Array:
+    """Return the length of a step where nothing tells of one: ||x||, or one if that is zero."""
+    length = trees.norm(x)
+    return jnp.where(length > 0, length, 1)
 
 
 def no_single_step(solver: str) -> TypeError:
@@ -105,19 +118,22 @@ def backtrack(
     under differentiation: it is one, but for jumps.
     """
     value, optimality = start.evaluation
-    slope = trees.inner(optimality, direction)
+    # The first trial has the size of x, where a direction and its step size may have any.
+    move = trees.scale(first_step, direction)
+    slope = trees.inner(optimality, move)
     epsilon, size = trees.epsilon(start.x), jnp.abs(value)
     rounding = 64 * epsilon
 
     def accepts(trial: Iterate) -> jax.Array:
         if not isinstance(problem, Minimum):
-            return trial.residual <= (1 - options.decrease * trial.state) * start.residual
+            part = options.decrease * trial.state * first_step
+            return trial.residual <= (1 - part) * start.residual
         # Values tell nothing where the first-order change of f is below their rounding error. That
         # error can be far above eps |f|, for f may be a small difference of large terms.
         predicted = -trial.state * slope
         by_values = trial.evaluation.value <= value - options.decrease * predicted
         level = trial.evaluation.value <= value + epsilon**0.5 * size
-        end_slope = trees.inner(trial.evaluation.optimality, direction)
+        end_slope = trees.inner(trial.evaluation.optimality, move)
         by_slopes = level & (end_slope <= (2 * options.decrease - 1) * slope)
         # In the end rounding hides F too, and only a norm that keeps falling leads to a stop.
         falling = (predicted > rounding**2 * size) | (trial.residual < start.residual)
@@ -125,18 +141,19 @@ def backtrack(
         return accepted & jnp.isfinite(trial.residual)
 
     def search(state: tuple[jax.Array, Iterate]) -> tuple[jax.Array, Iterate]:
-        trials, last = state
-        step_size = jnp.where(trials == 0, first_step, last.state * options.contraction)
-        x = trees.add_scaled(start.x, step_size, direction)
-        trial = Iterate(x, *evaluate(problem, x, y), step_size)
+        trials, last = state  # of which `state` is the part of the first step that is taken
+        part = jnp.where(trials == 0, 1, last.state * options.contraction)
+        x = trees.add_scaled(start.x, part, move)
+        trial = Iterate(x, *evaluate(problem, x, y), part)
         return trials + 1, trial._replace(stalled=~accepts(trial))
 
     def proceed(state: tuple[jax.Array, Iterate]) -> jax.Array:
         trials, trial = state
         return trial.stalled & (trials < options.maxiter)
 
-    nothing = start._replace(state=first_step, stalled=jnp.ones((), bool))
+    nothing = start._replace(state=jnp.ones_like(first_step), stalled=jnp.ones((), bool))
     _, trial = mesh.while_loop(proceed, search, (jnp.zeros((), jnp.int32), nothing))
+    trial = trial._replace(state=trial.state * first_step)
     back = start._replace(state=trial.state, stalled=trial.stalled)
     return trees.where(trial.stalled, back, trial)
 
@@ -147,16 +164,16 @@ def _backtrack_jvp(primals: Any, tangents: Any) -> tuple[Iterate, Iterate]:
     _, *tangents = tangents
     found = backtrack(*primals)
     # A search that rounding ends, at a solution, has the derivative of the step that it tried.
-    shrunk = jax.lax.stop_gradient(jnp.where(found.stalled, 1, found.state / first_step))
+    part = found.state / jnp.where(first_step == 0, 1, first_step)
+    shrunk = jax.lax.stop_gradient(jnp.where(found.stalled, 1, part))
 
     def follow(
         problem: Problem, start: Iterate, y: PyTree, direction: PyTree, first_step: jax.Array
     ) -> Iterate:
-        step_size = shrunk * first_step
-        move = trees.scale(step_size, direction)
+        move = trees.scale(shrunk, trees.scale(first_step, direction))
         still = trees.scale(found.stalled, jax.lax.stop_gradient(move))
         x = jax.tree.map(lambda x, u, w: x + u - w, start.x, move, still)
-        return Iterate(x, *evaluate(problem, x, y), step_size, found.stalled)
+        return Iterate(x, *evaluate(problem, x, y), shrunk * first_step, found.stalled)
 
     _, tangent = jax.jvp(follow, (problem, start, y, direction, first_step), tuple(tangents))
     return found, tangent
