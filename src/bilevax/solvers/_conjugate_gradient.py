@@ -87,17 +87,18 @@ class ConjugateGradient(base.Solver):
         direction, last_step = iterate.state
         _, jacobian = problem.linearize(iterate.x, y)
         curvature = trees.inner(direction, jacobian.matvec(direction))
-        exact = -trees.inner(optimality, direction) / jnp.where(curvature > 0, curvature, 1)
-        first_step = jnp.where(curvature > 0, exact, 2 * last_step)
+        curved = trees.decided(curvature > 0)
+        exact = -trees.inner(optimality, direction) / jnp.where(curved, curvature, 1)
+        first_step = jnp.where(curved, exact, 2 * last_step)
         found = backtrack(self.line_search, problem, iterate, y, direction, first_step)
 
         following = found.evaluation.optimality
         change = trees.add_scaled(following, -1, optimality)
         square = trees.inner(optimality, optimality)
         beta = trees.inner(following, change) / jnp.where(square > 0, square, 1)
-        beta = jnp.maximum(0, beta)
+        beta = jnp.where(trees.decided(beta > 0), beta, 0)
         steepest = trees.negative(following)
         direction = trees.add_scaled(steepest, beta, direction)
-        descends = trees.inner(following, direction) < 0
+        descends = trees.decided(trees.inner(following, direction) < 0)
         direction = trees.where(descends, direction, steepest)
         return found._replace(state=_State(direction, found.state))

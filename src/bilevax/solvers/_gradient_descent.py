@@ -144,7 +144,8 @@ class AcceleratedGradient(base.Solver):
         step_size = -jnp.asarray(self.learning_rate)
         gradient_step = trees.add_scaled(iterate.x, step_size, optimality)
         move = trees.add_scaled(gradient_step, -1, state.previous)
-        weight = jnp.where(trees.inner(optimality, move) > 0, 1, state.weight)
+        is_uphill = trees.decided(trees.inner(optimality, move) > 0)
+        weight = jnp.where(is_uphill, 1, state.weight)
         next_weight = (1 + jnp.sqrt(1 + 4 * weight**2)) / 2
         x = trees.add_scaled(gradient_step, (weight - 1) / next_weight, move)
         momentum = _Momentum(gradient_step, next_weight)

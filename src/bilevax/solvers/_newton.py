@@ -119,9 +119,11 @@ class Newton(base.Solver):
         if isinstance(problem, Minimum):
             # Not downhill, or NaN because curvature was negative at once: steepest descent.
             descends = trees.inner(optimality, direction) < 0
+            descends = trees.decided(descends | (trees.max_abs(optimality) == 0))
             steepest = trees.scale(-1 / jnp.maximum(norm, 1), optimality)
             direction = trees.where(descends, direction, steepest)
-        found = backtrack(self.line_search, problem, iterate, y, direction, jnp.ones_like(norm))
+        whole = jnp.ones_like(norm)
+        found = backtrack(self.line_search, problem, iterate, y, direction, whole, True)
         return found._replace(state=run)
 
 
