@@ -85,8 +85,8 @@ constraints:
 
 # Removes what the other targets wrote. The environment stays, and is checked by the next target.
 clean:
-	rm -rf $(VENV)/*.stamp build dist demo-output benchmarks/output .pytest_cache .ruff_cache
-	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv*/*.stamp build dist demo-output benchmarks/output .pytest_cache .ruff_cache
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp says that an environment holds an extra. It is written last, so a broken install runs
 # again, and an environment without a working pip is made anew. A Python without pins gets what pip
