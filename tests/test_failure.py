@@ -384,6 +384,22 @@ def test_the_engine_returns_by_default():
     np.testing.assert_allclose(result.gradient, want, rtol=1e-10)
 
 
+@pytest.mark.parametrize("adjoint", [0.0, 1e-300, 0.3], ids=["cold", "tiny", "warm"])
+@pytest.mark.parametrize("policy", [RETURN, NAN])
+def test_an_engine_never_returns_its_guess_for_an_adjoint_that_it_has_not(policy, adjoint):
+    """The adjoint is INDEFINITE at its first product, at a saddle that Newton finds."""
+    problem = bx.minimum(lambda x, y: x[0] ** 2 / 2 - x[1] ** 2 / 2 + y * x[1])
+    engine = bx.value_and_hypergradient(
+        lambda x, y: x[1] ** 2, problem, bx.Newton(), on_failure=policy
+    )
+    warm = bx.cold_start(jnp.array([0.0, 1.0]))
+    # g_1 = (0, 2) and F_1 = diag(1, -1): 0.3 in the second entry is worse than zero.
+    result = engine(1.0, warm._replace(adjoint=jnp.array([0.0, adjoint])))
+    assert result.report.inner.status == Status.CONVERGED
+    assert result.report.adjoint.status == Status.INDEFINITE
+    assert np.isnan(result.gradient) and result.value == 1
+
+
 def test_the_status_of_every_failure_names_a_remedy():
     for status in Status:
         assert len(status.remedy) > 10

@@ -235,8 +235,9 @@ def test_no_module_imports_inside_a_function(module):
             assert not delayed, function.name
 
 
-def test_custom_derivatives_have_three_homes():
-    # Those of x*, of a linear solve, and of a line search, whose outcome is a constant.
+def test_custom_derivatives_have_four_homes():
+    # Those of x*, of a linear solve, of a line search, whose outcome is a constant, and of what
+    # failed and has none.
     def defines(path):
         nodes = ast.walk(ast.parse(path.read_text()))
         return {node.attr for node in nodes if isinstance(node, ast.Attribute)} & {
@@ -246,6 +247,7 @@ def test_custom_derivatives_have_three_homes():
 
     homes = {module for module, path in MODULES.items() if defines(path)}
     assert homes == {
+        "bilevax._failure",
         "bilevax._solution_map",
         "bilevax.linear._solve",
         "bilevax.solvers._line_search",

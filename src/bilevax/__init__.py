@@ -52,9 +52,11 @@ from bilevax.certificates import RelativeAccuracy as RelativeAccuracy
 from bilevax.certificates import efficiency_constant as efficiency_constant
 from bilevax.certificates import hypergradient_error as hypergradient_error
 from bilevax.diagnostics import HypergradientCheck as HypergradientCheck
+from bilevax.diagnostics import ProblemCheck as ProblemCheck
 from bilevax.diagnostics import RuleTable as RuleTable
 from bilevax.diagnostics import assert_hypergradient as assert_hypergradient
 from bilevax.diagnostics import check_hypergradient as check_hypergradient
+from bilevax.diagnostics import check_problem as check_problem
 from bilevax.diagnostics import recommend_rule as recommend_rule
 from bilevax.hypergradient import Engine as Engine
 from bilevax.hypergradient import Hypergradient as Hypergradient

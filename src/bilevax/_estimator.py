@@ -13,7 +13,7 @@ from bilevax._closures import as_partial
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
 from bilevax._separable import not_separable
-from bilevax.rules import Rule, Settings, correct_tasks, pull_tasks
+from bilevax.rules import Rule, Settings, correct_tasks, pull_tasks, with_failed
 
 PyTree = Any
 
@@ -25,17 +25,22 @@ class Estimate(NamedTuple):
       value: g at `x`, a scalar.
       gradient: Omega, a pytree like y (float0 for integer and key leaves).
       x: the point at which both are evaluated, after a correction if the rule makes one.
+      terms: the size of the terms that cancel in `gradient`: ||g_2|| + ||(dx*/dy)^T g_1||.
       correction: the `LinearReport` of the correction, or None.
       rule: the `RuleReport` of the adjoint solve.
       aux: what the outer objective returns besides, or None.
+      dropped: which tasks are dropped, those included for which anything here failed; None where
+        none may be.
     """
 
     value: jax.Array
     gradient: PyTree
     x: PyTree
+    terms: jax.Array
     correction: LinearReport | None
     rule: RuleReport
     aux: Any
+    dropped: jax.Array | None = None
 
 
 def checked_point(
@@ -69,13 +74,16 @@ def estimate(
     *,
     guess: PyTree | None = None,
     has_aux: bool = False,
+    dropped: jax.Array | None = None,
 ) -> Estimate:
     """Move x to the point of the rule and evaluate Omega there; see `evaluate`.
 
     It runs inside one trace and is differentiable in x, through the linear solves.
     """
-    x, correction = correct_tasks(rule.correct, problem, x, y, settings)
-    found = evaluate(outer, problem, rule, x, y, settings, guess=guess, has_aux=has_aux)
+    x, correction, dropped = correct_tasks(rule.correct, problem, x, y, settings, dropped)
+    found = evaluate(
+        outer, problem, rule, x, y, settings, guess=guess, has_aux=has_aux, dropped=dropped
+    )
     return found._replace(correction=correction)
 
 
@@ -89,15 +97,26 @@ def evaluate(
     *,
     guess: PyTree | None = None,
     has_aux: bool = False,
+    dropped: jax.Array | None = None,
 ) -> Estimate:
     """Evaluate Omega = g_2 + (dx*/dy)^T g_1 at x as it is, without a correction."""
     value, pull_outer, aux = jax.vjp(
         lambda x, y: value_and_aux(outer, x, y, has_aux), x, y, has_aux=True
     )
     cotangent_x, explicit = pull_outer(jnp.ones_like(value))
-    _, implicit, report = pull_tasks(rule.pull, problem, x, y, cotangent_x, guess, settings)
+    _, implicit, report = pull_tasks(
+        rule.pull, problem, x, y, cotangent_x, guess, settings, dropped
+    )
     gradient = trees.add_cotangents(explicit, implicit)
-    return Estimate(value, gradient, x, None, report, aux)
+    if dropped is not None:
+        dropped = with_failed(dropped, report)
+    terms = size_of_terms(explicit, implicit)
+    return Estimate(value, gradient, x, terms, None, report, aux, dropped)
+
+
+def size_of_terms(explicit: PyTree, implicit: PyTree) -> jax.Array:
+    """Return the size of the terms that cancel in the sum of two cotangents of y."""
+    return trees.scaled_norm(trees.floating(explicit)) + trees.scaled_norm(trees.floating(implicit))
 
 
 def value_and_aux(

@@ -7,14 +7,17 @@ import operator
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _loop as loop
 from bilevax import _trees as trees
+from bilevax._failure import with_slope
 from bilevax._problems import Problem
 from bilevax._results import SolveReport
-from bilevax._separable import per_task
+from bilevax._separable import Separable, all_of, choose, per_task, spread, without
+from bilevax._status import Status, is_failure
 from bilevax._unroll import Sweep, unroll
 from bilevax.solvers import Solver
 
@@ -57,7 +60,7 @@ class Unrolled(IterativeRule):
     | `Implicit()`              | yes    | no (zero)      | d            | T + adjoint solve |
     | `Unrolled()`              | yes    | yes            | T d          | about 4 T         |
     | `Unrolled(checkpoints=c)` | yes    | yes            | (c + T/c) d  | about 5 T         |
-    | `Unrolled(last=K)`        | K steps| K steps, not x0| K d          | T + about 6 K     |
+    | `Unrolled(last=K)`, K < T | K steps| K steps, not x0| K d          | T + about 6 K     |
     | `Unrolled(mode="forward")`| yes    | yes            | d per entry  | 2 T per entry     |
     | `OneStep()`               | 1 step | 1 step, not x0 | d            | T + 3             |
 
@@ -71,15 +74,21 @@ class Unrolled(IterativeRule):
     is that of the exact solution; with a linear solver of yours that does not get there it is NaN.
     The derivative is that of the run, however short: from a start at the solution it is zero.
 
+    Line searches and quasi-Newton methods of Optax divide rounding by rounding once they are at a
+    solution, and derivatives of such steps mean nothing. So their runs end where F is of the size
+    of its rounding error, whatever the tolerances; from a start that is there already the
+    derivative is NaN.
+
     Through a `solution_map`, JAX differentiates in any mode and to any order.
 
     In an engine the run starts at the warm start, a constant: use a fixed number of steps there
     (`rtol=0, atol=0`), or what is solved already leaves nothing to differentiate.
 
     Args:
-      last: differentiate the last steps only (truncated back-propagation); what comes before them
-        is a constant, so the gradient with respect to x0 is zero. None for all. A run that ends
-        before so many steps is differentiated from its start on.
+      last: differentiate the last steps only (truncated back-propagation). The iterate before them
+        is a constant, so the gradient with respect to x0 is zero, and so is what the solver
+        remembers there: momentum, directions, step sizes. None for all. A run of no more steps
+        than that is differentiated as a whole, from its start on, as with None.
       checkpoints: iterates kept in reverse mode, from which those between are computed anew.
         "sqrt" is the root of the number of steps, and memory proportional to it; None keeps all.
       mode: "reverse", or "forward" for few outer variables and any number of steps. An engine then
@@ -93,7 +102,8 @@ class Unrolled(IterativeRule):
 
     Warns:
       UserWarning: for an Optax optimiser whose derivative is not finite at a zero gradient, as that
-        of Adam with `eps_root=0`.
+        of Adam with `eps_root=0`; and for one that stops gradients inside, as the scaling of the
+        first step of `optax.lbfgs()`, whose derivative is not that of the run before it converges.
 
     Example:
       >>> import jax
@@ -200,7 +210,9 @@ def _unroll(
     sweep: Sweep, solver: Solver, problem: Problem, x0: PyTree, y: PyTree, scale: Any = 0.0
 ) -> tuple[PyTree, SolveReport]:
     solver = solver.differentiable(problem, x0)
-    return unroll(sweep, solver, problem, x0, y, scale)
+    if solver.is_smooth is not True:  # the run may end by rounding
+        sweep = dataclasses.replace(sweep, is_fixed=False)
+    return _where_known(solver, problem, *unroll(sweep, solver, problem, x0, y, scale))
 
 
 def _differentiable_run(
@@ -208,7 +220,40 @@ def _differentiable_run(
 ) -> tuple[PyTree, SolveReport]:
     solver = solver.differentiable(problem, x0)
     x, report = loop.run(solver, problem, x0, y, scale)
-    return x, jax.lax.stop_gradient(report)
+    return _where_known(solver, problem, x, jax.lax.stop_gradient(report))
+
+
+def run_dropping(
+    run: Partial, problem: Separable, x0: PyTree, y: PyTree, scale: Any = 0.0
+) -> tuple[PyTree, SolveReport]:
+    """Return a run in which tasks that fail stay at x0, as constants.
+
+    It is made twice, first without derivatives to see which fail: where those of a failure enter,
+    not even a factor of zero keeps NaN out.
+    """
+    scale = spread(problem, scale)
+    first, *arguments = jax.lax.stop_gradient((run, problem, x0, y, scale))
+    _, report = first(*arguments)
+    dropped = is_failure(report.status)
+    kept, (start, scale) = without(problem, dropped, x0, scale)
+    x, _ = run(kept, start, y, scale)
+    factor = jnp.where(all_of(dropped), jnp.nan, 0.0)
+    x = choose(problem, dropped, with_slope(factor, x0, x), x)
+    return x, report._replace(dropped=dropped)
+
+
+def _where_known(
+    solver: Solver, problem: Problem, x: PyTree, report: SolveReport
+) -> tuple[PyTree, SolveReport]:
+    """Return a run, with NaN as the derivative of one that ended where it started for want of any.
+
+    It is not zero: where steps at a solution have a derivative, they are taken.
+    """
+    if solver.is_smooth is True:
+        return x, report
+    idle = (report.iterations == 0) & (report.status == Status.CONVERGED)
+    factor = jnp.where(solver.is_smooth | ~idle, 1.0, jnp.nan)
+    return per_task(problem, lambda _, factor, x: with_slope(factor, x, x), factor, x), report
 
 
 def _one_step(

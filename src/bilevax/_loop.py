@@ -36,9 +36,9 @@ def run(
     An `atol` of None is ten times the rounding error of F at a solution near x0, which a relative
     tolerance must not undercut where x0 is a solution already.
 
-    Where x0 is a warm start, `scale` is ||F|| at the cold one and stands in for a smaller
-    ||F(x0, y)||: relative to what is small already, no tolerance could be met. One that is not
-    finite is no scale.
+    Where x0 is a warm start, `scale` is ||F|| at the cold one and stands in for ||F(x0, y)||:
+    relative to what is small already, no tolerance could be met, and relative to what a leap of y
+    has made large, any. One that is zero or not finite is no scale.
 
     Ends with CONVERGED; MAXITER (TRUNCATED if both tolerances are zero); STALLED where the solver
     cannot improve its iterate; DIVERGED where ||F|| has grown by 1 / eps; NONFINITE.
@@ -48,7 +48,7 @@ def run(
     """
 
     def one(problem: Problem, x0: PyTree, scale: jax.Array) -> tuple[PyTree, SolveReport]:
-        first, step = begin(solver, problem, x0, y, scale)
+        first, step = begin(solver, solver.posed(problem, x0, y), x0, y, scale)
         return report(first, jax.lax.while_loop(is_running, step, first))
 
     return per_task(problem, one, x0, spread(problem, scale))
@@ -62,7 +62,7 @@ def begin(
     initial_norm = first.residual
     rtol = jnp.asarray(stopping_rtol(solver, x0), initial_norm.dtype)
     atol = smallest_target(solver, problem, x0, y, initial_norm)
-    scale = jnp.maximum(initial_norm, jnp.where(jnp.isfinite(scale), scale, 0))
+    scale = scale_of(scale, initial_norm)
     target = jnp.maximum(rtol * scale, atol)
     first = solver.toward(first, scale, target)
     judge, step = _stepper(
@@ -75,6 +75,12 @@ def begin(
     )
     none = jnp.zeros((), jnp.int32)
     return Progress(first, none, judge(first, none)), step
+
+
+def scale_of(cold: Any, initial_norm: jax.Array) -> jax.Array:
+    """Return what a relative tolerance refers to: ||F|| at the cold start, if that is a scale."""
+    cold = jnp.asarray(cold, initial_norm.dtype)
+    return trees.where(jnp.isfinite(cold) & (cold > 0), cold, initial_norm)
 
 
 def is_running(progress: Progress) -> jax.Array:
@@ -91,12 +97,19 @@ def report(first: Progress, end: Progress) -> tuple[PyTree, SolveReport]:
 def smallest_target(
     solver: Solver, problem: Problem, x0: PyTree, y: PyTree, like: jax.Array
 ) -> jax.Array:
-    """Return `atol`, or in its place ten times the rounding error of F at a solution near x0."""
+    """Return `atol`, or in its place ten times the rounding error of F at a solution near x0.
+
+    Where steps at a solution have no derivative, it is that at least.
+    """
     checks.single_numbers(solver)
-    if solver.atol is not None:
+    if solver.atol is not None and solver.is_smooth is True:
         return jnp.asarray(solver.atol, like.dtype)
     size = problem.terms_norm(x0, y)
-    return 10 * trees.epsilon(x0) * jnp.where(jnp.isfinite(size), size, 0)
+    rounding = 10 * trees.epsilon(x0) * jnp.where(jnp.isfinite(size), size, 0)
+    if solver.atol is None:
+        return rounding
+    atol = jnp.asarray(solver.atol, like.dtype)
+    return jnp.where(solver.is_smooth, atol, jnp.maximum(atol, rounding))
 
 
 def advance(

@@ -6,10 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax.tree
 
 from bilevax import _trees as trees
 
 PyTree = Any
+
+
+@trees.register
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """Positive numbers that make the rows and columns of A comparable: those of R A C.
+
+    Attributes:
+      rows: the diagonal of R, a pytree like the image of A.
+      columns: the diagonal of C, a pytree like v: the units of its entries.
+    """
+
+    rows: PyTree
+    columns: PyTree
 
 
 class Structure(enum.Enum):
@@ -44,6 +59,7 @@ class LinearOperator:
       epsilon: relative rounding error of a product; None for that of the least precise leaf of
         `like`.
       preconditioner: v -> what is near A^{-1} v, for solvers that have none themselves; or None.
+      scaling: of rows and columns, in which residuals are measured; or None.
     """
 
     matvec: Callable[[PyTree], PyTree]
@@ -52,17 +68,27 @@ class LinearOperator:
     complement: Callable[[PyTree], PyTree] | None = None
     epsilon: float | None = None
     preconditioner: Callable[[PyTree], PyTree] | None = None
+    scaling: Scaling | None = None
 
     @property
     def rounding(self) -> float:
         """The relative rounding error of a product."""
         return trees.epsilon(self.like) if self.epsilon is None else self.epsilon
 
+    def norm(self, image: PyTree) -> jax.Array:
+        """Return the norm of what A returns, in scaled rows; of numbers of any size."""
+        if self.scaling is not None:
+            image = optax.tree.mul(self.scaling.rows, image)
+        return trees.scaled_norm(image)
+
     @property
     def transpose(self) -> "LinearOperator":
         """The operator v -> A^T v."""
+        scaling = self.scaling
+        if scaling is not None:
+            scaling = Scaling(scaling.columns, scaling.rows)
         if self.structure.is_symmetric:
-            return self
+            return dataclasses.replace(self, scaling=scaling)
 
         def transposed(function: Callable[[PyTree], PyTree] | None) -> Any:
             if function is None:
@@ -75,6 +101,7 @@ class LinearOperator:
             matvec=transposed(self.matvec),
             complement=transposed(self.complement),
             preconditioner=transposed(self.preconditioner),
+            scaling=scaling,
         )
 
     def damped(self, damping: Any) -> "LinearOperator":

@@ -18,7 +18,7 @@ from jax.tree_util import Partial
 from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._closures import as_partial, hoist
-from bilevax._operator import LinearOperator, Structure
+from bilevax._operator import LinearOperator, Scaling, Structure
 
 PyTree = Any
 
@@ -31,11 +31,13 @@ class Problem(abc.ABC):
       function: the user's function of (x, y), as a `jax.tree_util.Partial`.
       structure: what is declared of the Jacobian F_1.
       preconditioner: (x, y, v) -> what is near F_1(x, y)^{-1} v, or None.
+      scaling: of the rows and columns of F_1, found by `scaled`; None before that.
     """
 
     function: Partial
     structure: Structure = dataclasses.field(metadata={"static": True})
     preconditioner: Partial | None = dataclasses.field(default=None, kw_only=True)
+    scaling: Scaling | None = dataclasses.field(default=None, kw_only=True)
 
     @abc.abstractmethod
     def optimality(self, x: PyTree, y: PyTree) -> PyTree:
@@ -77,7 +79,15 @@ class Problem(abc.ABC):
         """Return F(x, y) and its Jacobian F_1(x, y); what they share is computed once."""
         value, jvp = jax.linearize(lambda x: self.optimality(x, y), x)
         preconditioner = self.precondition(x, y)
-        return value, LinearOperator(jvp, self.structure, x, preconditioner=preconditioner)
+        return value, LinearOperator(
+            jvp, self.structure, x, preconditioner=preconditioner, scaling=self.scaling
+        )
+
+    def norm(self, optimality: PyTree) -> jax.Array:
+        """Return ||F||, of rows in comparable units where a scaling is known."""
+        if self.scaling is not None:
+            optimality = optax.tree.mul(self.scaling.rows, optimality)
+        return trees.norm(optimality)
 
     def precondition(self, x: PyTree, y: PyTree) -> Callable[[PyTree], PyTree] | None:
         """Return the preconditioner at (x, y), None if there is none.
@@ -95,12 +105,18 @@ class Problem(abc.ABC):
         assert self.preconditioner is not None
         return self.preconditioner(x, y, v)
 
+    def in_units_of_x(self, optimality: PyTree) -> PyTree:
+        """Return F as a direction: of comparable entries of x where a scaling is known."""
+        if self.scaling is None:
+            return optimality
+        return optax.tree.mul(self.scaling.columns, optax.tree.mul(self.scaling.rows, optimality))
+
     def terms_norm(self, x: PyTree, y: PyTree) -> jax.Array:
         """Return the size of the terms that cancel in F at a solution near x: ||F_1(x, y) x||.
 
         Times eps, it is how large F is there by rounding errors alone.
         """
-        return trees.norm(jax.jvp(lambda x: self.optimality(x, y), (x,), (x,))[1])
+        return self.norm(jax.jvp(lambda x: self.optimality(x, y), (x,), (x,))[1])
 
     def pull_outer(self, x: PyTree, y: PyTree, v: PyTree) -> tuple["Problem", PyTree]:
         """Return F_2(x, y)^T v, as cotangents of this problem's leaves and of y.
@@ -176,11 +192,12 @@ class FixedPoint(Problem):
             x,
             complement=product,
             preconditioner=self.precondition(x, y),
+            scaling=self.scaling,
         )
         return optax.tree.sub(x, image), jacobian
 
     def terms_norm(self, x: PyTree, y: PyTree) -> jax.Array:
-        return trees.norm(x)
+        return self.norm(x)
 
     def check(self, x: PyTree, y: PyTree) -> None:
         checks.inner_variable(x)

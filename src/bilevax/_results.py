@@ -47,6 +47,8 @@ class SolveReport(NamedTuple):
       initial_residual: ||F(x0, y)||.
       correction: the `LinearReport` of the correction that a `Preconditioned` rule applied to
         the last iterate; None for rules without one.
+      dropped: under `OnFailure.DROP`, whether this or the correction failed, so that the task is a
+        constant: a boolean per task, whose sum counts them. Else None.
     """
 
     status: jax.Array
@@ -54,6 +56,7 @@ class SolveReport(NamedTuple):
     residual: jax.Array
     initial_residual: jax.Array
     correction: LinearReport | None = None
+    dropped: jax.Array | None = None
 
     @property
     def contraction(self) -> jax.Array:

@@ -10,6 +10,8 @@ from jax.tree_util import Partial
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
+from bilevax._failure import OnFailure
+from bilevax._operator import Scaling
 from bilevax._problems import Problem
 
 PyTree = Any
@@ -139,10 +141,11 @@ def per_task(problem: Problem, function: Callable[..., PyTree], *stacked: PyTree
     if not isinstance(problem, Separable):
         return function(problem, *stacked)
 
-    def one(data: PyTree, *arguments: PyTree) -> PyTree:
-        return function(problem.task(data), *arguments)
+    def one(data: PyTree, scaling: Scaling | None, *arguments: PyTree) -> PyTree:
+        task = dataclasses.replace(problem.task(data), scaling=scaling)
+        return function(task, *arguments)
 
-    return jax.vmap(one)(problem.tasks, *stacked)
+    return jax.vmap(one)(problem.tasks, problem.scaling, *stacked)
 
 
 def representative(problem: Problem, x: PyTree) -> tuple[Problem, PyTree]:
@@ -158,6 +161,54 @@ def spread(problem: Problem, value: Any) -> jax.Array:
     if not isinstance(problem, Separable):
         return value
     return jnp.broadcast_to(value, (_count(problem.tasks),))
+
+
+def choose(problem: Problem, condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
+    """Return a for the tasks for which a condition holds, and b for the others."""
+    return per_task(problem, lambda _, *arguments: trees.where(*arguments), condition, a, b)
+
+
+def without(problem: Separable, dropped: jax.Array, *stacked: PyTree) -> tuple[Problem, PyTree]:
+    """Return the problem, and what else there is per task, with one that is kept for each dropped.
+
+    What comes of the substitutes is to be multiplied by zero, or replaced: unlike the tasks that
+    they stand for, they are finite, to any order of derivatives. Integers and keys have no
+    derivative, and go along.
+    """
+    kept = jnp.argmin(dropped)  # the first
+
+    def substitute(leaf: jax.Array) -> jax.Array:
+        condition = dropped.reshape(-1, *[1] * (leaf.ndim - 1))
+        return jnp.where(condition, leaf[kept], leaf)
+
+    tasks, *others = jax.tree.map(substitute, (problem.tasks, *stacked))
+    return dataclasses.replace(problem, tasks=tasks), others
+
+
+def nothing_for(problem: Problem, dropped: jax.Array, derivative: PyTree) -> PyTree:
+    """Return a derivative per task, with zero for dropped ones; NaN if nothing is left of it."""
+    unknown = all_of(dropped)
+    factor = jnp.where(unknown, jnp.nan, 0)
+
+    # A product, so that what JAX makes of it by transposition is NaN too.
+    def nothing(leaf: jax.Array) -> jax.Array:
+        return jnp.where(unknown, factor.astype(leaf.dtype) * leaf, 0)
+
+    return choose(problem, dropped, jax.tree.map(nothing, derivative), derivative)
+
+
+def all_of(dropped: jax.Array) -> jax.Array:
+    """Tell whether nothing is left."""
+    return jnp.sum(~dropped) == 0  # unlike `all`, a sum may stand where JAX differentiates
+
+
+def check_policy(problem: Problem, on_failure: OnFailure) -> None:
+    """Raise if there are no tasks, but they are to be dropped where they fail."""
+    if on_failure is OnFailure.DROP and not isinstance(problem, Separable):
+        raise TypeError(
+            "`on_failure=OnFailure.DROP` drops tasks of a `separable(problem, tasks)`; a single "
+            "problem has nothing beside it to go on with. Take `OnFailure.NAN` or `RETURN`."
+        )
 
 
 def not_separable(problem: Problem) -> None:

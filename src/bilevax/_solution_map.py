@@ -1,6 +1,7 @@
 """The solution map y -> x*(y) as a differentiable function: the one home of custom derivatives."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,21 @@ from bilevax import _loop as loop
 from bilevax import _trees as trees
 from bilevax._closures import as_partial, has_functions, hoist
 from bilevax._failure import OnFailure, guard
-from bilevax._iterative import IterativeRule
+from bilevax._iterative import IterativeRule, run_dropping
 from bilevax._problems import Problem
 from bilevax._results import SolveReport
-from bilevax._separable import per_task, representative
+from bilevax._scaling import scaled, without_scaling
+from bilevax._separable import check_policy, choose, per_task, representative, spread
 from bilevax._status import Status, code, is_failure
-from bilevax.rules import Implicit, Rule, Settings, correct_tasks, pull_tasks, push_tasks
+from bilevax.rules import (
+    Implicit,
+    Rule,
+    Settings,
+    correct_tasks,
+    pull_tasks,
+    push_tasks,
+    with_failed,
+)
 from bilevax.solvers import Solver
 
 PyTree = Any
@@ -43,8 +53,10 @@ class SolutionMap:
 
         The numbers of a report are constants: no gradient flows through them.
         Under `jax.grad` the adjoint solve cannot add to the report; there `on_failure` applies.
+        Tasks that are dropped are so here too.
         """
-        return self._evaluate(x0, y, OnFailure.RETURN)
+        drops = self.on_failure is OnFailure.DROP
+        return self._evaluate(x0, y, OnFailure.DROP if drops else OnFailure.RETURN)
 
     def _evaluate(self, x0: PyTree, y: PyTree, forward: OnFailure) -> tuple[PyTree, SolveReport]:
         checks.inner_variable(x0, "x0")
@@ -58,7 +70,9 @@ class SolutionMap:
                 solve = hoist(solve, problem, x0, y)
             return solve(problem, x0, y)
         self.rule.check_values(representative(problem, x0)[1], y)
-        settings = Settings.following(self.rtol, x0, self.on_failure)
+        drops = self.on_failure is OnFailure.DROP
+        settings = Settings.following(self.rtol, x0, OnFailure.NAN if drops else self.on_failure)
+        dropped = spread(problem, False) if drops else None  # what it is like
         solve = Partial(
             _solve, self.solve, self.rule, dataclasses.replace(settings, on_failure=forward)
         )
@@ -66,12 +80,12 @@ class SolutionMap:
             push = Partial(_push, self.rule, settings)
             if has_functions((self.solve.args, self.rule)):
                 solve = hoist(solve, problem, x0, y)
-                push = hoist(push, problem, x0, y, _zero_tangent((problem, y)))
+                push = hoist(push, problem, x0, y, _zero_tangent((problem, y)), dropped)
             return _forward_mode(solve, push, problem, x0, y)
         pull = Partial(_pull, self.rule, settings)
         if has_functions((self.solve.args, self.rule)):
             solve = hoist(solve, problem, x0, y)
-            pull = hoist(pull, problem, x0, y, x0)
+            pull = hoist(pull, problem, x0, y, x0, dropped)
         return _reverse_mode(solve, pull, problem, x0, y)
 
 
@@ -108,14 +122,17 @@ def solution_map(
       on_failure: what happens when a solve fails. The inner solve fails by divergence, NaN or
         breakdown; running out of `maxiter` is no failure there, for an inexact x is an estimate
         that `with_report` judges. The adjoint solve, which has no report under `jax.grad`, also
-        fails by `maxiter`. By default a failure is NaN, never a zero.
+        fails by `maxiter`. By default a failure is NaN, never a zero. `OnFailure.DROP`, for tasks
+        of a `separable` problem, warns of adjoint solves that fail (through a callback to the
+        host); in forward mode a tangent that cannot be computed is NaN.
 
     Returns:
       A `SolutionMap`: call it, or its `with_report`. x has the structure and dtypes of x0.
 
     Raises:
-      TypeError: for a wrong kind of argument; and, at the first call, if the problem does not fit
-        x0, with what was got and what was expected.
+      TypeError: for a wrong kind of argument, such as `OnFailure.DROP` for a problem without tasks;
+        and, at the first call, if the problem does not fit x0, with what was got and what was
+        expected.
       ValueError: at the first call, for a change of variables whose inverse does not invert it.
 
     Example:
@@ -188,6 +205,7 @@ def _make(
     if not isinstance(rule, IterativeRule):
         checks.is_component("rule", rule, Rule, "Implicit()")
     checks.is_component("on_failure", on_failure, OnFailure, "OnFailure.NAN")
+    check_policy(problem, on_failure)
     return SolutionMap(problem, solve, rule, rtol, on_failure)
 
 
@@ -218,7 +236,13 @@ def _solve(
     problem.check(x0, y)
     rule.check(*representative(problem, x0), y)
     x, report = solve(problem, x0, y)
-    x, correction = correct_tasks(rule.correct, problem, x, y, settings)
+    if settings.on_failure is OnFailure.DROP:
+        dropped = is_failure(report.status)
+        x = choose(problem, dropped, x0, x)
+        problem = scaled(problem, x, y)
+        x, correction, dropped = correct_tasks(rule.correct, problem, x, y, settings, dropped)
+        return x, report._replace(correction=correction, dropped=dropped)
+    x, correction, _ = correct_tasks(rule.correct, scaled(problem, x, y), x, y, settings)
     report = report._replace(correction=correction)
     x = _guarded(settings, "inner solve", problem, report.status, x)
     if correction is not None:
@@ -232,6 +256,8 @@ def _iterate(
 ) -> tuple[PyTree, SolveReport]:
     """Solve, in a loop that JAX differentiates."""
     problem.check(x0, y)
+    if settings.on_failure is OnFailure.DROP:
+        return run_dropping(run, problem, x0, y)  # type: ignore[arg-type]
     x, report = run(problem, x0, y, 0.0)
     return _guarded(settings, "inner solve", problem, report.status, x), report
 
@@ -247,13 +273,35 @@ def _guarded(
 
 @jax.jit
 def _pull(
-    rule: Rule, settings: Settings, problem: Problem, x: PyTree, y: PyTree, cotangent: PyTree
+    rule: Rule,
+    settings: Settings,
+    problem: Problem,
+    x: PyTree,
+    y: PyTree,
+    cotangent: PyTree,
+    dropped: jax.Array | None,
 ) -> tuple[Problem, PyTree]:
     """Return cotangents of (problem, y)."""
-    cotangent_problem, cotangent_y, _ = pull_tasks(
-        rule.pull, problem, x, y, cotangent, None, settings
+    cotangent_problem, cotangent_y, report = pull_tasks(
+        rule.pull, scaled(problem, x, y), x, y, cotangent, None, settings, dropped
     )
-    return cotangent_problem, cotangent_y
+    if dropped is not None:
+        # No report tells of these.
+        failed = with_failed(dropped, report) & ~dropped
+        worst = jnp.max(jnp.where(failed, report.solve.status, 0))
+        jax.debug.callback(_warn_of_dropped, jnp.sum(failed), worst)
+    return without_scaling(cotangent_problem), cotangent_y
+
+
+def _warn_of_dropped(count: Any, worst: Any) -> None:
+    if count > 0:
+        status = Status(int(worst))
+        warnings.warn(
+            f"The adjoint solves of {count} tasks failed ({status.name}: {status.remedy}), and "
+            "`OnFailure.DROP` left these tasks out of a gradient. An engine reports which.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @jax.jit
@@ -264,9 +312,12 @@ def _push(
     x: PyTree,
     y: PyTree,
     tangent: tuple[Problem, PyTree],
+    dropped: jax.Array | None,
 ) -> PyTree:
     """Return the tangent of x for a tangent of (problem, y)."""
-    return push_tasks(rule.push, problem, x, y, tangent, settings)
+    problem, (tangent_problem, tangent_y) = scaled(problem, x, y), tangent
+    tangent_problem = dataclasses.replace(tangent_problem, scaling=_zero_tangent(problem.scaling))
+    return push_tasks(rule.push, problem, x, y, (tangent_problem, tangent_y), settings, dropped)
 
 
 @jax.custom_vjp
@@ -282,12 +333,12 @@ def _reverse_mode_fwd(
     # Calling the function itself, not its body, is what makes higher orders work: the residual x
     # then depends on y by this very rule.
     x, report = _reverse_mode(solve, pull, problem, x0, y)
-    return (x, report), (pull, problem, x, y)
+    return (x, report), (pull, problem, x, y, report.dropped)
 
 
 def _reverse_mode_bwd(residuals: Any, cotangent: tuple[PyTree, SolveReport]) -> Any:
-    pull, problem, x, y = residuals
-    cotangent_problem, cotangent_y = pull(problem, x, y, cotangent[0])
+    pull, problem, x, y, dropped = residuals
+    cotangent_problem, cotangent_y = pull(problem, x, y, cotangent[0], dropped)
     return None, None, cotangent_problem, None, cotangent_y
 
 
@@ -306,7 +357,7 @@ def _forward_mode_jvp(primals: Any, tangents: Any) -> Any:
     _, push, problem, _, y = primals
     x, report = _forward_mode(*primals)
     _, _, tangent_problem, _, tangent_y = tangents
-    tangent_x = push(problem, x, y, (tangent_problem, tangent_y))
+    tangent_x = push(problem, x, y, (tangent_problem, tangent_y), report.dropped)
     return (x, report), (tangent_x, _zero_tangent(report))
 
 

@@ -15,7 +15,8 @@ class Status(enum.IntEnum):
 
     Example:
       >>> Status(2).name, Status.MAXITER.remedy
-      ('MAXITER', 'raise `maxiter`, loosen `rtol`, or choose a faster solver')
+      ('MAXITER', 'raise `maxiter`, loosen `rtol`, choose a faster solver, or see what \
+`check_problem` finds')
     """
 
     CONVERGED = 0
@@ -44,8 +45,12 @@ class Status(enum.IntEnum):
 _REMEDIES = {
     Status.CONVERGED: "nothing to do",
     Status.TRUNCATED: "nothing to do; set a tolerance to stop by accuracy",
-    Status.MAXITER: "raise `maxiter`, loosen `rtol`, or choose a faster solver",
-    Status.STALLED: "loosen `rtol` and `atol`, use float64, or check the objective's smoothness",
+    Status.MAXITER: (
+        "raise `maxiter`, loosen `rtol`, choose a faster solver, or see what `check_problem` finds"
+    ),
+    Status.STALLED: (
+        "loosen `rtol` and `atol`, use float64, or see whether `check_problem` finds kinks"
+    ),
     Status.DIVERGED: "lower the learning rate or step size, or damp the iteration",
     Status.NONFINITE: (
         "look for overflow, log(0) or 0/0 in the functions and in the start, or lower the step size"

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax.tree
 from jax.ad_checkpoint import checkpoint_name
 
@@ -107,6 +108,18 @@ def max_abs(a: PyTree) -> jax.Array:
     for leaf in jax.tree.leaves(a):
         result = jnp.maximum(result, jnp.max(jnp.abs(leaf), initial=0).astype(result.dtype))
     return result
+
+
+def signs(count: int, like: jax.Array) -> jax.Array:
+    """Return so many vectors of signs like a flat one: bits of scrambled indices, nine at most.
+
+    They are as good as random, and always the same. Random numbers would take long to compile.
+    """
+    index = jax.lax.iota(jnp.uint32, like.size)
+    bits = (index ^ (index >> 15)) * np.uint32(0x9E3779B1)
+    bits = (bits ^ (bits >> 13)) * np.uint32(0x85EBCA77)
+    rows = [((bits >> shift) & 1).astype(like.dtype) for shift in range(29, 29 - 3 * count, -3)]
+    return 2 * jnp.stack(rows) - 1
 
 
 def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:

@@ -24,8 +24,8 @@ class Sweep:
 
     Attributes:
       steps: of the longest run.
-      last: only so many steps at the end are differentiated, those before are constants; None for
-        all.
+      last: only so many steps at the end are differentiated, what comes before them is a constant;
+        None for all.
       checkpoints: how many iterates are kept, between which the others are computed anew; None
         keeps all.
       is_fixed: whether all steps are taken, but for failures: there is no tolerance to stop by.
@@ -48,7 +48,7 @@ def unroll(
     """
 
     def one(problem: Problem, x0: PyTree, scale: jax.Array) -> tuple[PyTree, SolveReport]:
-        return _unroll(sweep, solver, problem, x0, y, scale)
+        return _unroll(sweep, solver, solver.posed(problem, x0, y), x0, y, scale)
 
     return per_task(problem, one, x0, spread(problem, scale))
 
@@ -61,14 +61,17 @@ def _unroll(
         end = _iterate(step, is_running, first, sweep.steps, sweep)
     else:
         before, end = jax.lax.stop_gradient(_until_the_last(first, step, sweep.last))
-        # What the solver knows at x depends on y; what it remembers is a constant.
+        # What the solver knows at x depends on y; what it remembers is a constant. But a run that
+        # is no longer than that depends on all that its start does.
         iterate = before.iterate
         evaluation = _as_function(iterate.evaluation, solver, problem, iterate.x, y)
         iterate = iterate._replace(evaluation=evaluation)
+        is_whole = end.iterations <= sweep.last
+        whole, part = jax.tree.map(jnp.asarray, (first, before._replace(iterate=iterate)))
         reached = _iterate(
             step,
             lambda progress: progress.iterations < end.iterations,
-            before._replace(iterate=iterate),
+            trees.where(is_whole, whole, part),
             sweep.last,
             sweep,
         )

@@ -169,14 +169,15 @@ def test_many_problems_starts_and_accuracies():
 
 def test_absolute_accuracy():
     for case in (RIDGE, LOGISTIC):
-        truth, iterations = case.truth(case.y)[1], []
+        truth, products = case.truth(case.y)[1], []
         for value in (1e1, 1e-2, 1e-4, 1e-6, 1e-8):
             result = case.run(bx.AbsoluteAccuracy(value))
             assert np.linalg.norm(np.asarray(result.gradient) - truth) <= value
             assert result.report.inner.status == Status.CONVERGED
             assert_sound(result, value)
-            iterations.append(int(result.report.inner.iterations))
-        assert iterations == sorted(iterations) and 2 * iterations[1] < iterations[-1]
+            report = result.report
+            products.append(int(report.adjoint.products + report.certificate.products))
+        assert products == sorted(products) and products[0] < products[-1]
 
 
 def test_the_point_of_a_correction_and_its_costs():
@@ -279,17 +280,24 @@ def test_a_second_call_at_the_same_y_costs_next_to_nothing():
 # What cannot be met.
 
 
-def test_too_few_iterations():
+def test_few_iterations_are_enough_where_corrections_converge():
+    size = np.linalg.norm(LOGISTIC.truth(LOGISTIC.y)[1])
     for maxiter in (0, 1, 5, 20):
         solver = bx.GradientDescent(0.2, maxiter=maxiter)
         result = LOGISTIC.run(bx.RelativeAccuracy(1e-5), solver=solver)
-        assert result.report.inner.status == Status.MAXITER
-        assert result.report.inner.iterations == maxiter
-        # The certificate tells the true error, as far as its Newton step leads.
-        true = LOGISTIC.relative_error(result)
-        assert true > 1e-5
-        np.testing.assert_allclose(result.report.certificate.relative, true, rtol=0.1)
-        assert_sound(result, 0.0)
+        assert result.report.inner.iterations <= maxiter
+        assert result.report.inner.status == Status.CONVERGED
+        assert LOGISTIC.relative_error(result) <= 1e-5
+        assert_sound(result, 1e-5 * size * (1 + 1e-5))
+
+
+def test_too_few_iterations():
+    """Far to the right Newton's method is slow, and each of its steps changes Omega by more."""
+    few = bx.GradientDescent(1e-9, maxiter=5)
+    result = scalar(misleading_outer, bx.RelativeAccuracy(1e-3), 20.0, 1.0, exponential, few)
+    assert result.report.inner.status == Status.MAXITER
+    assert result.report.inner.iterations == 5
+    assert result.report.certificate.status == Status.STALLED
 
 
 @pytest.mark.parametrize("epsilon", [1e-11, 1e-12, 1e-13, 1e-14, 1e-15, 1e-18])
@@ -308,14 +316,15 @@ def test_what_this_precision_does_not_allow(case, epsilon):
     assert case.relative_error(result) <= 1e-11
 
 
-def test_an_atol_that_is_too_large():
-    result = LOGISTIC.run(bx.RelativeAccuracy(1e-4), solver=bx.GradientDescent(0.2, atol=1e-1))
-    assert result.report.inner.status == Status.STALLED
-    true = LOGISTIC.relative_error(result)
-    assert true > 1e-4
-    np.testing.assert_allclose(result.report.certificate.relative, true, rtol=0.1)
-    result = LOGISTIC.run(bx.RelativeAccuracy(1e-4), solver=bx.GradientDescent(0.2, atol=1e-9))
-    assert result.report.inner.status == Status.CONVERGED
+def test_an_atol_bounds_the_steps_of_the_solver_and_not_the_accuracy():
+    iterations = []
+    for atol in (1e-1, 1e-9):
+        solver = bx.GradientDescent(0.2, atol=atol)
+        result = LOGISTIC.run(bx.RelativeAccuracy(1e-4), solver=solver)
+        assert result.report.inner.status == Status.CONVERGED
+        assert LOGISTIC.relative_error(result) <= 1e-4
+        iterations.append(int(result.report.inner.iterations))
+    assert iterations[0] < iterations[1]
 
 
 def test_a_rate_that_is_too_large():
@@ -356,14 +365,12 @@ def test_a_rule_whose_own_tolerance_is_loose():
 
 
 def test_a_rule_that_cannot_be_accurate():
-    """Damping is an error that no inner iteration and no tolerance reduces."""
+    """Damping is an error that no inner iteration and no tolerance reduces; corrections do."""
     rule = bx.Implicit(bx.CG(damping=0.1))
+    assert RIDGE.relative_error(RIDGE.run(None, rule)) > 1e-2
     result = RIDGE.run(bx.RelativeAccuracy(1e-3), rule)
-    assert result.report.inner.status == Status.STALLED
-    certificate, true = result.report.certificate, RIDGE.relative_error(result)
-    assert true > 1e-2
-    np.testing.assert_allclose(certificate.relative, true, rtol=1e-3)
-    np.testing.assert_allclose(certificate.adjoint, certificate.absolute, rtol=1e-3)
+    assert result.report.inner.status == Status.CONVERGED
+    assert RIDGE.relative_error(result) <= 1e-3
 
 
 def test_forward_mode():
@@ -465,8 +472,8 @@ def scalar(g, accuracy, x0, y, objective=quadratic, solver=bx.GradientDescent(0.
 
 def test_policies():
     accuracy, options = bx.RelativeAccuracy(1e-3), {"on_failure": bx.OnFailure.NAN}
-    few = bx.GradientDescent(0.1, maxiter=5)  # no failure: what there is, is returned
-    result = scalar(square, accuracy, 0.0, 2.0, solver=few, **options)
+    few = bx.GradientDescent(1e-9, maxiter=5)  # no failure: what there is, is returned
+    result = scalar(misleading_outer, accuracy, 20.0, 1.0, exponential, few, **options)
     assert result.report.inner.status == Status.MAXITER
     assert np.isfinite(result.gradient)
     result = scalar(square, accuracy, 0.0, 2.0, solver=bx.GradientDescent(3.0), **options)
@@ -511,7 +518,7 @@ def test_an_outer_objective_that_ignores_x(accuracy, x0):
     result = scalar(square_of_y, accuracy, x0, 2.0)
     assert result.gradient == 4.0
     assert result.report.inner.status == Status.CONVERGED
-    assert result.report.certificate.absolute == 0
+    assert result.report.certificate.absolute <= 1e-14  # rounding of g_2
 
 
 @ACCURACIES

@@ -38,20 +38,18 @@ def descend(x, y, rate, steps, last=None):
     Returns:
       The iterates, and the derivatives of the last one with respect to x0, y and the rate, entry by
       entry: dx_{k+1} = (1 - rate exp(y)) dx_k + S_2. With `last`, the iterate before that many
-      steps is a constant.
+      steps is a constant, unless it is the start.
     """
     x, y, curvature = np.asarray(x, float), np.asarray(y, float), np.exp(y)
     iterates, by_x0, by_y, by_rate = [x], np.ones_like(x), np.zeros_like(x), np.zeros_like(x)
     for k in range(steps):
-        if last is not None and k == max(0, steps - last):
+        if last is not None and 0 < k == steps - last:
             by_x0, by_y, by_rate = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
         residual, factor = curvature * x - 1, 1 - rate * curvature
         by_x0, by_y = factor * by_x0, factor * by_y - rate * curvature * x
         by_rate = factor * by_rate - residual
         x = x - rate * residual
         iterates.append(x)
-    if last is not None:
-        by_x0 = np.zeros_like(x)
     return iterates, (by_x0, by_y, by_rate)
 
 

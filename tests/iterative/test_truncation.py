@@ -113,21 +113,59 @@ def test_truncation_of_what_a_solver_remembers():
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        ("Anderson", "reverse"),
+        ("backtracking", "reverse"),
+        slow("Anderson", "reverse"),
+        slow("conjugate gradient", "reverse"),
+        slow("momentum", "reverse"),
         slow("accelerated", "forward"),
         slow("Newton", "reverse"),
+        slow("conjugate gradient", "forward"),
     ],
 )
 def test_as_many_last_steps_as_there_are_is_all_of_them(name, mode):
+    """Of the start as well: first directions and step sizes depend on y and on x0."""
     steps = steps_of(name)
 
     def gradient(rule):
         run = run_of(name, rule, exactly(steps))
         derivative = jax.grad if mode == "reverse" else jax.jacfwd
-        return jax.jit(derivative(lambda y: run((TABLE_X0, y, np.array(RUNS[name][1])))[0]))
+        return jax.jit(derivative(lambda point: run((*point, np.array(RUNS[name][1])))[0]))
 
+    point = TABLE_X0, TABLE_Y
     whole, truncated = bx.Unrolled(mode=mode), bx.Unrolled(steps, mode=mode)
-    assert_close(gradient(truncated)(TABLE_Y), gradient(whole)(TABLE_Y), 1e-12)
+    assert_close(gradient(truncated)(point), gradient(whole)(point), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [bx.ConjugateGradient(), slow(bx.GradientDescent(bx.Backtracking()))],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_a_window_over_a_whole_run_against_differences(solver):
+    """Random members of a kind: the run of any length that the window reaches over."""
+    random = np.random.default_rng(5)
+    matrices = jnp.asarray(random.normal(size=(6, 3)))
+
+    def f(x, y):
+        return jnp.mean(jnp.cosh(matrices @ x - 1)) + jnp.sum(jnp.exp(y) * x**2) / 2
+
+    steps = 4
+    solver = dataclasses.replace(solver, **exactly(steps))
+    starts, ys = random.normal(size=(5, 3)), 0.5 * random.normal(size=(5, 3))
+
+    def value(rule, x0, y):
+        return C @ bx.solution_map(bx.minimum(f), solver, rule)(x0, y)
+
+    def both(x0, y):
+        return jax.grad(lambda y: value(bx.Unrolled(steps), x0, y))(y)
+
+    plain = jax.jit(jax.vmap(lambda x0, y: value(None, x0, y)))
+    got = jax.jit(jax.vmap(both))(starts, ys)
+    for x0, y, gradient in zip(starts, ys, got, strict=True):
+        wanted = central_differences(
+            lambda ys, x0=x0: plain(np.tile(x0, (len(ys), 1)), ys), y, 1e-4
+        )
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-6, atol=1e-6)
 
 
 # At the solution, the derivative of K steps is the Neumann series of K terms.

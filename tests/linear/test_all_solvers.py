@@ -212,3 +212,48 @@ def test_scaling_by_powers_of_two_changes_no_bit(solver, transpose, scale_of_a, 
     )
     np.testing.assert_array_equal(v_scaled, v * np.float32(scale_of_b / scale_of_a))
     assert report_scaled == report
+
+
+# What is no better than zero is no iterate.
+
+CANNOT = {  # solvers that break down on a right-hand side that A never reaches
+    "CG": bx.CG(),
+    "NormalCG": bx.NormalCG(),
+    "GMRES": bx.GMRES(),
+    "BiCGStab": bx.BiCGStab(),
+    "Lineax, CG": bx.LineaxSolver(lineax.CG(rtol=1e-8, atol=0.0)),
+    "Lineax, least squares": bx.LineaxSolver(lineax.SVD()),
+}
+GUESSES = {"none": None, "zero": 0.0, "tiny": 1e-300, "small": 1e-12, "worse": 1e6, "NaN": np.nan}
+
+
+@pytest.mark.parametrize("guess", GUESSES)
+@pytest.mark.parametrize("name", ["CG", "NormalCG", "GMRES", slow("BiCGStab"), slow("Lineax, CG")])
+def test_a_guess_that_is_no_better_than_zero_is_not_returned(name, guess):
+    """A v = b has no solution: b is the one direction that A does not reach."""
+    random = np.random.default_rng(3)
+    frame = np.linalg.qr(random.normal(size=(SIZE, SIZE)))[0]
+    matrix = frame @ np.diag([3.0, 2.0, 1.0, 1.0, 0.5, 2.0, 0.7, 0.0]) @ frame.T
+    b, number = frame[:, -1], GUESSES[guess]
+    if name == "CG":  # which is told that the matrix is definite
+        matrix = -np.eye(SIZE)
+    start = None if number is None else number * frame[:, 0]
+    v, report = solve(CANNOT[name], matrix, b, start)
+    assert report.status in (Status.BREAKDOWN, Status.INDEFINITE)
+    assert np.all(np.isnan(v))
+
+
+def test_a_least_squares_solution_of_zero_is_not_returned():
+    matrix, b = np.diag(np.arange(SIZE, dtype=float)), np.eye(SIZE)[0]
+    v, report = solve(CANNOT["Lineax, least squares"], matrix, b, structure=GENERAL)
+    assert report.status is Status.BREAKDOWN and np.all(np.isnan(v))
+
+
+@pytest.mark.parametrize("name", ["CG", "GMRES", slow("BiCGStab")])
+def test_a_guess_that_is_better_than_zero_is_returned(name):
+    """Here the solvers may not take a step; half of the solution is a guess to go on with."""
+    solver = dataclasses.replace(CANNOT[name], maxiter=0)
+    truth = vector()
+    v, report = solve(solver, LARGER, LARGER @ truth, 0.5 * truth)
+    np.testing.assert_allclose(v, 0.5 * truth, rtol=1e-14)
+    np.testing.assert_allclose(report.residual, 0.5, rtol=1e-12)

@@ -68,7 +68,7 @@ def test_raise_names_the_status_and_the_remedy(matrix, message):
         solve(HOPELESS, matrix, B, on_failure=OnFailure.RAISE)
 
 
-@pytest.mark.parametrize("policy", OnFailure)
+@pytest.mark.parametrize("policy", [OnFailure.RETURN, OnFailure.NAN, OnFailure.RAISE])
 def test_the_policy_holds_for_derivatives_too(policy):
     """With one eigenvalue one step solves for b = e_1, but not for the adjoint."""
     matrix, b, cotangent = np.diag(np.arange(1.0, SIZE + 1)), np.eye(SIZE)[0], np.ones(SIZE)
@@ -89,6 +89,13 @@ def test_the_policy_holds_for_derivatives_too(policy):
         assert np.all(np.isnan(gradient))
     else:
         np.testing.assert_allclose(gradient, cotangent * SIZE / np.trace(matrix))
+
+
+def test_a_single_system_cannot_be_dropped():
+    with pytest.raises(
+        ValueError, match=r"A linear solve by itself cannot be dropped: .*separable"
+    ):
+        solve(HOPELESS, MATRIX, B, on_failure=OnFailure.DROP)
 
 
 def test_eager_calls_give_what_compiled_ones_give():

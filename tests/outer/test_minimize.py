@@ -77,7 +77,7 @@ def test_a_gradient_of_solves_that_ended_early_meets_no_tolerance(solver, rule):
     assert result.outcome is bx.Outcome.STEPS
     assert result.message == (
         "stopped after 100 steps, as asked for; the gradient had not met the tolerance, and in the "
-        "last step a solve ended MAXITER: raise `maxiter`, loosen `rtol`, or choose a faster solver"
+        f"last step a solve ended MAXITER: {bx.Status.MAXITER.remedy}"
     )
 
 

@@ -13,6 +13,7 @@ from bilevax import _trees as trees
 from bilevax._estimator import checked_point, estimate
 from bilevax._failure import OnFailure
 from bilevax._problems import Problem
+from bilevax._scaling import scaled
 from bilevax._status import Status, code
 from bilevax.rules import Rule, Settings
 
@@ -121,6 +122,7 @@ def _efficiency_constant(
 ) -> EfficiencyConstant:
     problem.check(x, y)
     rule.check(problem, x, y)
+    problem = scaled(problem, x, y)
     flat, unravel = ravel_pytree(x)
     # A derivative of a solve has no report; a failure shows as NaN.
     settings = Settings(on_failure=OnFailure.NAN)

@@ -14,7 +14,7 @@ from bilevax._estimator import value_and_aux
 from bilevax._failure import OnFailure
 from bilevax._iterative import IterativeRule
 from bilevax._problems import Problem
-from bilevax._separable import not_separable, representative
+from bilevax._separable import Separable, check_policy, not_separable, representative
 from bilevax.certificates import Accuracy
 from bilevax.hypergradient._evaluate import evaluate, evaluate_run
 from bilevax.hypergradient._results import Hypergradient, WarmStart
@@ -81,6 +81,17 @@ class Engine:
             on_failure=self.on_failure,
         )
 
+    @property
+    def has_certificates(self) -> bool:
+        """Whether hypergradients of this engine can be certified."""
+        return not isinstance(self.rule, IterativeRule) and not isinstance(self.problem, Separable)
+
+    def certify(self, y: PyTree, warm: WarmStart) -> Hypergradient:
+        """Return the hypergradient with a certificate, whatever the policy for failures is."""
+        certified = None if self.accuracy is not None else True
+        engine = dataclasses.replace(self, certified=certified, on_failure=OnFailure.RETURN)
+        return engine(y, warm)
+
     def value(self, x: PyTree, y: PyTree) -> jax.Array:
         """Return g(x, y), without what the outer objective returns besides."""
         return value_and_aux(self.outer, x, y, self.has_aux)[0]
@@ -130,8 +141,8 @@ def value_and_hypergradient(
 
     Raises:
       TypeError: for a wrong kind of argument; for an accuracy or a certificate where there are no
-        certificates; and, at the first call, if `outer` does not return a scalar or the problem
-        does not fit x.
+        certificates; for `OnFailure.DROP` where there are no tasks; and, at the first call, if
+        `outer` does not return a scalar or the problem does not fit x.
 
     Example:
       >>> import bilevax as bx
@@ -153,6 +164,7 @@ def value_and_hypergradient(
     if certified:
         require_certificates("certified", problem, rule)
     checks.is_component("on_failure", on_failure, OnFailure, "OnFailure.RETURN")
+    check_policy(problem, on_failure)
     if isinstance(rule, IterativeRule):
         rule.bind(solver)  # which raises if they do not fit
     return Engine(

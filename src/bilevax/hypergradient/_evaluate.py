@@ -13,15 +13,15 @@ from bilevax import _loop as loop
 from bilevax import _trees as trees
 from bilevax._estimator import estimate, value_and_aux
 from bilevax._failure import OnFailure, guard
+from bilevax._iterative import run_dropping
 from bilevax._problems import Problem
 from bilevax._results import SolveReport
-from bilevax._separable import per_task, representative
+from bilevax._scaling import rescaled, scaled
+from bilevax._separable import choose, per_task, representative
 from bilevax._status import is_failure
 from bilevax.certificates import (
     Accuracy,
     Certificate,
-    Reference,
-    certificate_settings,
     certify,
     solve_accurately,
 )
@@ -49,20 +49,34 @@ def evaluate(
     """Solve, and evaluate the estimator of a rule there."""
     problem.check(warm.x, y)
     rule.check(*representative(problem, warm.x), y)
-    scale = _scale(problem, warm, y)
+    problem = scaled(problem, warm.x, y)
+    scale = cold_residual(solver, problem, warm, y)
     if accuracy is None:
         x, inner = loop.run(solver, problem, warm.x, y, scale)
-        settings = Settings.following(solver.rtol, x, on_failure, adjoint_rtol)
-        found = estimate(outer, problem, rule, x, y, settings, guess=warm.adjoint, has_aux=has_aux)
+        dropped = None
+        if on_failure is OnFailure.DROP:
+            dropped = is_failure(inner.status)
+            x = choose(problem, dropped, warm.x, x)
+        problem = rescaled(problem, x, y)
+        linear = OnFailure.RETURN if dropped is not None else on_failure
+        settings = Settings.following(solver.rtol, x, linear, adjoint_rtol)
+        found = estimate(
+            outer,
+            problem,
+            rule,
+            x,
+            y,
+            settings,
+            guess=warm.adjoint,
+            has_aux=has_aux,
+            dropped=dropped,
+        )
         inner = inner._replace(correction=found.correction)
         certificate = None
         if certified is not None:
-            tighter = certificate_settings(settings.rtol, x, adjoint_rtol)
             certificate = _certificate_if(
                 certified,
-                lambda: certify(
-                    outer, problem, rule, found, y, None, tighter, found.x, has_aux=has_aux
-                )[0],
+                lambda: certify(outer, problem, rule, found, y, None, has_aux=has_aux),
                 y,
             )
     else:
@@ -72,13 +86,16 @@ def evaluate(
             solver,
             rule,
             accuracy,
-            Reference(warm.x, warm.adjoint),
+            warm.x,
+            warm.adjoint,
             y,
             scale,
             on_failure,
             has_aux=has_aux,
         )
-    report = HypergradientReport(inner, found.rule.solve, found.rule.identity_entries, certificate)
+    report = HypergradientReport(
+        inner, found.rule.solve, found.rule.identity_entries, certificate, found.dropped
+    )
     statuses = {"inner solve": inner.status}
     if found.correction is not None:
         statuses["correction of x"] = found.correction.status
@@ -104,7 +121,9 @@ def evaluate_run(
 ) -> Hypergradient:
     """Differentiate the run of the solver."""
     problem.check(warm.x, y)
-    scale = _scale(problem, warm, y)
+    scale = per_task(problem, lambda each, x: each.norm(each.optimality(x, y)), warm.start)
+    if on_failure is OnFailure.DROP:
+        run = Partial(run_dropping, run)
 
     def value_at(y: PyTree) -> tuple[jax.Array, tuple[PyTree, SolveReport, Any]]:
         x, inner = run(problem, warm.x, y, scale)
@@ -115,7 +134,7 @@ def evaluate_run(
     (value, (x, inner, aux)), gradient = differentiated(value_at, y)
     result, statuses = (value, gradient, x), {"inner solve": inner.status}
     (value, gradient, x), warm_x = _guarded(problem, statuses, result, warm, on_failure)
-    report = HypergradientReport(inner, None, None)
+    report = HypergradientReport(inner, None, None, dropped=inner.dropped)
     return Hypergradient(value, gradient, x, warm._replace(x=warm_x), report, aux)
 
 
@@ -159,9 +178,10 @@ def _nothing(shape: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.full(shape.shape, jnp.nan if is_floating else 0, shape.dtype)
 
 
-def _scale(problem: Problem, warm: WarmStart, y: PyTree) -> jax.Array:
-    """Return ||F|| at the cold start, per task."""
-    return per_task(problem, lambda problem, x: trees.norm(problem.optimality(x, y)), warm.start)
+def cold_residual(solver: Solver, problem: Problem, warm: WarmStart, y: PyTree) -> jax.Array:
+    """Return ||F|| at the cold start as the solver measures it, per task."""
+    problem = solver.posed(problem, warm.x, y)
+    return per_task(problem, lambda each, x: each.norm(each.optimality(x, y)), warm.start)
 
 
 def _guarded(
@@ -180,5 +200,6 @@ def _guarded(
         )
         # One task that failed spoils what is summed over all.
         worst = jnp.max(status)
-        result = guard(on_failure, what, is_failure(worst), worst, result)
+        if on_failure is not OnFailure.DROP:
+            result = guard(on_failure, what, is_failure(worst), worst, result)
     return result, warm_x

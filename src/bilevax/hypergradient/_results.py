@@ -39,6 +39,8 @@ class HypergradientReport(NamedTuple):
       identity_entries: see `RuleReport`; None for rules without an adjoint solve.
       certificate: with `accuracy=` or `certified=True`, the `Certificate` of this very gradient, at
         the point and with the adjoint behind it; else None.
+      dropped: under `OnFailure.DROP`, which tasks are no part of the gradient because a solve of
+        theirs failed: a boolean per task, whose sum counts them. Else None.
 
     With `accuracy=` the inner solver stops by the certificate, so `inner.status` tells whether the
     accuracy was reached: CONVERGED; MAXITER; STALLED where this precision allows no more. Costs are
@@ -49,6 +51,7 @@ class HypergradientReport(NamedTuple):
     adjoint: LinearReport | None
     identity_entries: jax.Array | None
     certificate: Certificate | None = None
+    dropped: jax.Array | None = None
 
 
 class Hypergradient(NamedTuple):

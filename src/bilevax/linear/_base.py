@@ -27,6 +27,9 @@ class LinearSolver(abc.ABC):
 
     damping: Any
 
+    takes_scaling: bool = True
+    """Whether the system may be handed over with scaled rows and columns."""
+
     def prepare(self, operator: LinearOperator) -> PyTree:
         """Return what is computed once per operator (a factorisation); nothing by default."""
         return ()
@@ -124,6 +127,15 @@ def default_rtol(tree: PyTree) -> float:
 def attainable(operator: LinearOperator) -> float:
     """Return the relative residual that a solver which can do no more must reach: sqrt(eps)."""
     return operator.rounding**0.5
+
+
+def no_better(operator: LinearOperator) -> float:
+    """Return the relative residual from which on a vector is no better than zero: 1 - sqrt(eps).
+
+    That of zero is 1, and nearer to it rounding alone decides. What is no better is no iterate: a
+    guess like that is dropped, and a solver that ends there has computed nothing.
+    """
+    return 1 - attainable(operator)
 
 
 def default_maxiter(tree: PyTree) -> int:

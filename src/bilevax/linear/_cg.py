@@ -135,8 +135,9 @@ class CG(base.LinearSolver):
             r = trees.add_scaled(r, -trees.where(check, jnp.ones_like(alpha), alpha), image)
             square, best = trees.inner(r, r), state.best
             if guess is not None:
-                # A guess worse than zero is of no use as a start: begin again from zero.
-                worse = (counts.products == 0) & ~(square <= rhs_square)
+                # A guess that is no better than zero is no iterate: begin again from zero.
+                useless = ~(square <= base.no_better(operator) ** 2 * rhs_square)
+                worse = (counts.products == 0) & useless
                 x, r, best = trees.where(worse, (zero, rhs, zero), (x, r, best))
                 square = trees.where(worse, infinity, square)
             z = apply_preconditioner(r)

@@ -129,7 +129,7 @@ class GMRES(base.LinearSolver):
         status = jnp.where(floor, code(Status.CONVERGED), status)
         status = jnp.where(jnp.isfinite(size), status, code(Status.NONFINITE))
         products = 1 + (guess is not None) + cycles * (restart + 3)
-        empty = ~(relative < 1) & (rhs_norm > 0)  # nothing better than zero: no solution at all
+        empty = ~(relative < base.no_better(operator)) & (rhs_norm > 0)  # no solution at all
         x = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), x)
         return x, LinearReport(status, cycles, products, relative)
 
@@ -204,7 +204,8 @@ class BiCGStab(base.LinearSolver):
         relative, status = base.measure(operator, x, rhs, self.rtol, self.atol)
         unsolved = status != Status.CONVERGED
         # A breakdown leaves a useless iterate behind: go back to the guess, or to NaN.
-        useless = unsolved & ~(relative * trees.norm(rhs) < first_norm)
+        reached = first_norm * jnp.where(is_guess, 1, base.no_better(operator))
+        useless = unsolved & ~(relative * trees.norm(rhs) < reached)
         x = trees.where(useless, trees.scale(jnp.where(is_guess, 1, jnp.nan), first), x)
         relative = jnp.where(useless, first_norm / trees.norm(rhs), relative)
         status = jnp.where(useless & jnp.isfinite(size), code(Status.BREAKDOWN), status)

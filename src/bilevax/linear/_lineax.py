@@ -94,5 +94,8 @@ class LineaxSolver(base.LinearSolver):
         finite = jnp.isfinite(trees.norm(operator.matvec(rhs)))
         singular = (status == Status.NONFINITE) & finite
         status = jnp.where(singular, code(Status.BREAKDOWN), status)
+        # Some give up with zero, where there is nothing to return.
+        empty = (status != Status.CONVERGED) & ~(relative < base.no_better(operator))
+        solution = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), solution)
         iterations = jnp.asarray(result.stats.get("num_steps", -1), jnp.int32)
         return solution, LinearReport(status, iterations, jnp.full((), -1, jnp.int32), relative)

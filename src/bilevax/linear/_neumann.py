@@ -65,6 +65,8 @@ class Neumann(base.LinearSolver):
     step_size: Any = None
     damping: Any = None
 
+    takes_scaling = False  # the series is that of A as it is
+
     def __post_init__(self) -> None:
         base.check_numbers(self)
         checks.positive("steps", self.steps, whole=True)

@@ -91,7 +91,7 @@ class NormalCG(base.LinearSolver):
         # (A^T A)^{-1} is symmetric, so its approximation needs no transpose; for the transposed
         # system it is M of A A^T that would be wanted, and M of A^T A only preconditions less.
         precondition = base.preconditioner_of(self, rhs, transposed=False)
-        first, residual, is_guess = first_iterate(operator, rhs, guess)
+        first, residual, _ = first_iterate(operator, rhs, guess)
         operator, unit = unit_sized(operator, rhs)
         adjoint = operator.transpose
         maxiter = base.default_maxiter(rhs) if self.maxiter is None else self.maxiter
@@ -142,6 +142,8 @@ class NormalCG(base.LinearSolver):
         unfinished = unfinished & has_direction(end)
         status = jnp.where(unfinished, exhausted, status)
         products = 2 * end.iterations + 3 + (guess is not None)
-        empty = (end.iterations == 0) & (trees.norm(rhs) > 0) & ~is_guess
+        # Steps that were asked for count even where they bring little; steps along rounding do not.
+        ended = (end.iterations == 0) | (status == Status.BREAKDOWN)
+        empty = ended & (trees.norm(rhs) > 0) & ~(relative < base.no_better(operator))
         x = jax.tree.map(lambda leaf: jnp.where(empty, jnp.nan, leaf), end.x)
         return rescale(x, unit), LinearReport(status, end.iterations, products, relative)

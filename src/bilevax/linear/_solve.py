@@ -8,7 +8,7 @@ for A and A^T, and are differentiable to any order without a look inside the sol
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def linear_solve(
     if trees.dimension(rhs) == 0:
         nothing = jnp.zeros((), jnp.int32)
         return rhs, LinearReport(code(Status.CONVERGED), nothing, nothing, jnp.zeros(()))
-    system, b, unravel = _System.build(operator, rhs, solver, transpose, on_failure)
+    system, b, way = _System.build(operator, rhs, solver, transpose, on_failure)
     if on_derivative_failure is not None:
         system = dataclasses.replace(system, on_derivative_failure=on_derivative_failure)
     if guess is not None:
@@ -77,9 +77,9 @@ def linear_solve(
                 f"`guess` must have as many entries as the unknown, {b.size}; "
                 f"got {checks.describe(guess)}."
             )
-        guess = jax.lax.stop_gradient(ravel_pytree(guess)[0].astype(b.dtype))
+        guess = way.from_solution(jax.lax.stop_gradient(ravel_pytree(guess)[0].astype(b.dtype)))
     v, report = _solve(system, guess, b)
-    return unravel(v), report
+    return way.to_solution(v), report
 
 
 def transposable_solve(
@@ -96,8 +96,21 @@ def transposable_solve(
     """
     if trees.dimension(rhs) == 0:
         return rhs
-    system, b, unravel = _System.build(operator, rhs, solver, False, on_failure)
-    return unravel(_solve_transposably(system, b))
+    system, b, way = _System.build(operator, rhs, solver, False, on_failure)
+    return way.to_solution(_solve_transposably(system, b))
+
+
+class _Way(NamedTuple):
+    """The way from the flat vectors of a system to pytrees, and back."""
+
+    unravel: Callable[[jax.Array], PyTree]
+    columns: Any  # the units of the solution
+
+    def to_solution(self, v: jax.Array) -> PyTree:
+        return self.unravel(self.columns * v)
+
+    def from_solution(self, v: jax.Array) -> jax.Array:
+        return v / self.columns
 
 
 @trees.register
@@ -123,11 +136,12 @@ class _System:
         solver: LinearSolver,
         transposed: bool,
         on_failure: OnFailure,
-    ) -> tuple["_System", jax.Array, Callable[[jax.Array], PyTree]]:
+    ) -> tuple["_System", jax.Array, _Way]:
         """Return the system, b as a flat vector, and the way back to a pytree.
 
         The vector has the widest dtype of the leaves, and float32 at least. What a product loses by
-        rounding is still that of the least precise leaf.
+        rounding is still that of the least precise leaf. Where the operator has a scaling, the
+        system is R A C w = R b with v = C w.
         """
         checks.single_numbers(solver)
         epsilon = trees.epsilon(rhs)
@@ -143,6 +157,7 @@ class _System:
 
         solver = solver.with_default_preconditioner(operator.preconditioner)
         complement = None if operator.complement is None else flatten(operator.complement)
+        scaling = operator.scaling if solver.takes_scaling else None
         operator = LinearOperator(
             flatten(operator.matvec), operator.structure, b, complement, epsilon
         )
@@ -152,7 +167,21 @@ class _System:
         if preconditioner is not None:
             shape = jax.eval_shape(preconditioner, rhs)
             checks.same_structure("preconditioner", shape, rhs, expected="v")
-            explicit = make_explicit(flatten(preconditioner), b)
+            preconditioner = flatten(preconditioner)
+        columns: Any = 1
+        if scaling is not None:
+            rows, columns = (
+                jax.lax.stop_gradient(ravel_pytree(diagonal)[0].astype(b.dtype))
+                for diagonal in (scaling.rows, scaling.columns)
+            )
+            operator = operator.with_matvec(_scale_both(operator.matvec, rows, columns))
+            if preconditioner is not None:
+                preconditioner = _scale_both(preconditioner, 1 / columns, 1 / rows)
+            if transposed:
+                rows, columns = columns, rows
+            b = rows * b
+        if preconditioner is not None:
+            explicit = make_explicit(preconditioner, b)
             solver = dataclasses.replace(solver, preconditioner=explicit)  # type: ignore[type-var]
         prepared = jax.lax.stop_gradient(solver.prepare(operator))
         product = operator.transpose if transposed else operator
@@ -172,7 +201,7 @@ class _System:
             on_failure,
             on_failure,
         )
-        return system, b, unravel
+        return system, b, _Way(unravel, columns)
 
     def operator(
         self, matvec: Callable[..., jax.Array], b: jax.Array, complement: Partial | None = None
@@ -244,6 +273,12 @@ def _solve_transposably(system: _System, b: jax.Array) -> jax.Array:
         transpose_solve=functools.partial(solve, True),
         symmetric=system.structure.is_symmetric,
     )
+
+
+def _scale_both(
+    product: Callable[[jax.Array], jax.Array], left: jax.Array, right: jax.Array
+) -> Callable[[jax.Array], jax.Array]:
+    return lambda v: left * product(right * v)
 
 
 def _subtract_product(complement: Partial, v: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import optax.tree
 
 from bilevax import _trees as trees
 from bilevax._operator import LinearOperator
+from bilevax.linear import _base as base
 
 PyTree = Any
 
@@ -31,10 +32,10 @@ def rescale(tree: PyTree, size: jax.Array) -> PyTree:
 def first_iterate(
     operator: LinearOperator, rhs: PyTree, guess: PyTree | None
 ) -> tuple[PyTree, PyTree, jax.Array]:
-    """Return where to start, at the guess unless zero is better; b - A x there; which it is."""
+    """Return where to start, at the guess if it is better than zero; b - A x there; which it is."""
     zero = optax.tree.zeros_like(rhs)
     if guess is None:
         return zero, rhs, jnp.zeros((), bool)
     residual = trees.add_scaled(rhs, -1, operator.matvec(guess))
-    better = trees.norm(residual) < trees.norm(rhs)
+    better = trees.norm(residual) < base.no_better(operator) * trees.norm(rhs)
     return trees.where(better, guess, zero), trees.where(better, residual, rhs), better

@@ -38,10 +38,11 @@ def resolved(
         return effort._replace(rtol=rtol)
 
     def ratio(problem: Any, x: PyTree, start: PyTree) -> jax.Array:
-        now, first = (trees.norm(problem.optimality(point, y)) for point in (x, start))
-        return now / jnp.where(first > now, first, jnp.where(now > 0, now, 1))
+        now, first = (problem.norm(problem.optimality(point, y)) for point in (x, start))
+        return now / loop.scale_of(first, now)
 
-    worst = jnp.max(per_task(engine.problem, ratio, warm.x, warm.start))
+    posed = engine.solver.posed(engine.problem, warm.x, y)
+    worst = jnp.max(per_task(posed, ratio, warm.x, warm.start))
     reachable = jnp.maximum(_PROGRESS * worst, default_rtol(warm.x))
     # At a start that is not finite the solve will tell.
     return effort._replace(rtol=jnp.where(reachable < rtol, reachable, rtol))
@@ -97,11 +98,12 @@ def value(engine: Engine, y: PyTree, warm: WarmStart) -> jax.Array:
     if not isinstance(engine.rule, IterativeRule):
         # Relative to ||F|| at the cold start, as the tolerance of the engine is.
         def target(problem: Any, x: PyTree, start: PyTree) -> jax.Array:
-            first = trees.norm(problem.optimality(start, y))
+            first = problem.norm(problem.optimality(start, y))
             floor = loop.smallest_target(solver, problem, x, y, first)
             return jnp.maximum(loop.stopping_rtol(solver, x) * first, floor)
 
-        largest = jnp.max(per_task(engine.problem, target, warm.x, warm.start))
+        posed = solver.posed(engine.problem, warm.x, y)
+        largest = jnp.max(per_task(posed, target, warm.x, warm.start))
         atol = jax.lax.stop_gradient(largest)
         solver = dataclasses.replace(solver, atol=atol)  # type: ignore[type-var]
     x = solution_map(engine.problem, solver, engine.rule)(warm.x, y)

@@ -12,28 +12,19 @@ import numpy as np
 
 from bilevax import _checks as checks
 from bilevax import _trees as trees
-from bilevax._status import is_unsolved
 from bilevax.outer._checkpointing import Checkpointer, OpenCheckpoints
+from bilevax.outer._convergence import Criteria, judge, remember, verified
 from bilevax.outer._identity import identify
 from bilevax.outer._interrupts import Interrupts
 from bilevax.outer._progress import ProgressBar
 from bilevax.outer._result import MinimizeResult, Seconds, make_result
-from bilevax.outer._state import Best, BilevelState, Milestone, Outcome
+from bilevax.outer._state import BilevelState, Outcome
 from bilevax.outer._step import OuterStep, checked_key
 
 PyTree = Any
 
 # How long a chunk of steps should last: much longer than what happens between two of them.
 _CHUNK_SECONDS = 0.5
-
-
-class _Criteria(NamedTuple):
-    """When a run ends before all its steps are taken."""
-
-    rtol: Any
-    atol: Any
-    patience: Any
-    min_improvement: Any
 
 
 def minimize(
@@ -56,10 +47,14 @@ def minimize(
 ) -> MinimizeResult:
     """Minimise h(y) = g(x*(y), y): take outer steps until the projected gradient vanishes.
 
-        stop where ||y - P(y - Omega)|| <= max(rtol * its first value, atol)
+        stop where ||y - P(y - Omega)|| + error <= max(rtol * its first value, atol)
 
-    A step whose inner or adjoint solve has not met its own tolerance does not count: what is small
-    there may be the error.
+    The error is that of a certificate of Omega. Where the engine and its schedule make none, one is
+    made when the first term meets the tolerance, with the accuracy of the engine itself; a run that
+    it refuses goes on, and is certified again after one step, two, four, and so on. Rules without
+    certificates and engines that are made from a key count without an error. A step whose inner or
+    adjoint solve has not met its own tolerance does not count: what is small there may be the
+    error.
 
     Steps run in compiled chunks of about half a second. Between them the host shows progress on a
     terminal (with the extra `progress`), calls back, saves, and looks for signals: after SIGINT or
@@ -119,7 +114,7 @@ def minimize(
     if checkpoint is not None:
         checks.is_component("checkpoint", checkpoint, Checkpointer, 'Checkpoints("runs/1")')
     largest = np.iinfo(np.int32).max
-    criteria = _Criteria(rtol, atol, largest if patience is None else patience, min_improvement)
+    criteria = Criteria(rtol, atol, largest if patience is None else patience, min_improvement)
     state = _start(step, y, x0, key, history, batched)
     with contextlib.ExitStack() as stack:
         saved = None
@@ -128,7 +123,8 @@ def minimize(
             stack.callback(saved.close)
             restored = saved.restore()
             state = state if restored is None else restored
-        state = _judge_all(criteria, state, batched=batched)
+        state = _judge_all(step, criteria, state, batched=batched)
+        state = verified(step, criteria, state, batched)
         interrupts = stack.enter_context(Interrupts())
         bar = stack.enter_context(ProgressBar(steps, _done(state), shown=progress))
 
@@ -149,7 +145,7 @@ class _Run(NamedTuple):
     """What does not change during a run."""
 
     step: OuterStep
-    criteria: _Criteria
+    criteria: Criteria
     batched: bool
     steps: int
     chunk: int | None
@@ -172,6 +168,7 @@ class _Run(NamedTuple):
                 if self.saved is not None:
                     count = min(count, self.saved.steps_until_due(_done(state)) or count)
                 following = _advance(self.step, self.criteria, state, count, batched=self.batched)
+                following = verified(self.step, self.criteria, following, self.batched)
                 jax.block_until_ready(following)
                 taken = _done(following) - _done(state)
                 state = following
@@ -228,17 +225,16 @@ def _start(
 
 @functools.partial(jax.jit, static_argnames="batched")
 def _advance(
-    step: OuterStep, criteria: _Criteria, state: BilevelState, count: Any, batched: bool
+    step: OuterStep, criteria: Criteria, state: BilevelState, count: Any, batched: bool
 ) -> BilevelState:
     """Take `count` steps, fewer if all runs end before that."""
 
     def one(state: BilevelState) -> BilevelState:
-        following = _judge(criteria, step(state))
-        # Values of inexact solutions may be too small: a point that converged is better than those.
-        value = following.history.value[state.step % following.history.value.shape[0]]
-        reached = Best(value, state.y, following.warm.x, state.step)
-        converged = (following.outcome == Outcome.CONVERGED) & (state.outcome == Outcome.RUNNING)
-        return following._replace(best=trees.where(converged, reached, following.best))
+        # A run that has ended stays as it is: `judge` is for those that go on.
+        following = trees.where(
+            state.outcome == Outcome.RUNNING, judge(step, criteria, step(state)), state
+        )
+        return remember(state, following)
 
     def proceed(carry: tuple[BilevelState, jax.Array]) -> jax.Array:
         state, taken = carry
@@ -252,29 +248,11 @@ def _advance(
 
 
 @functools.partial(jax.jit, static_argnames="batched")
-def _judge_all(criteria: _Criteria, state: BilevelState, batched: bool) -> BilevelState:
-    judge = functools.partial(_judge, criteria)
-    return (jax.vmap(judge) if batched else judge)(state)
-
-
-def _judge(criteria: _Criteria, state: BilevelState) -> BilevelState:
-    """Return the state with the outcome that the last step brought."""
-    index = (state.step - 1) % state.history.value.shape[0]
-    value, stationarity = state.history.value[index], state.history.stationarity[index]
-    solved = ~is_unsolved(state.history.status[index])
-    tolerance = jnp.maximum(criteria.rtol * state.first_stationarity, criteria.atol)
-    milestone = state.milestone
-    # Not the other way round: the first milestone is infinite.
-    least = milestone.value - criteria.min_improvement * jnp.abs(milestone.value)
-    is_good = (state.outcome != Outcome.FAILED) & (state.step > 0)
-    improved = is_good & ~(value >= least)
-    milestone = trees.where(improved, Milestone(value, state.step - 1), milestone)
-    stuck = state.step - 1 - milestone.step >= criteria.patience
-    outcome = jnp.where(is_good & stuck, Outcome.PLATEAU, Outcome.RUNNING)
-    converged = is_good & solved & (stationarity <= tolerance)
-    outcome = jnp.where(converged, Outcome.CONVERGED, outcome)
-    outcome = jnp.where(state.outcome == Outcome.FAILED, Outcome.FAILED, outcome)
-    return state._replace(milestone=milestone, outcome=outcome.astype(jnp.int32))
+def _judge_all(
+    step: OuterStep, criteria: Criteria, state: BilevelState, batched: bool
+) -> BilevelState:
+    one = functools.partial(judge, step, criteria)
+    return (jax.vmap(one) if batched else one)(state)
 
 
 def _done(state: BilevelState) -> int:

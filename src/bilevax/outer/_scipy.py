@@ -75,8 +75,10 @@ class ScipyObjective:
         self._warm, self.evaluations = result.warm, self.evaluations + 1
         inner, adjoint = result.report.inner, result.report.adjoint
         solves = {"inner solve": inner, "correction of x": inner.correction, "adjoint": adjoint}
+        dropped = False if result.report.dropped is None else np.asarray(result.report.dropped)
         for name, solve in solves.items():
-            status = Status.CONVERGED if solve is None else Status(int(np.max(solve.status)))
+            codes = 0 if solve is None else np.where(dropped, 0, solve.status)
+            status = Status(int(np.max(codes)))
             # Not where this precision allows no more.
             if status == Status.MAXITER or is_failure(code(status)):
                 where = f"in evaluation {self.evaluations}"

@@ -26,7 +26,8 @@ class Outcome(enum.IntEnum):
     RUNNING = 0
     """The next step is worth taking."""
     CONVERGED = 1
-    """The norm of the projected gradient met the tolerance, in a step whose solves met theirs."""
+    """The norm of the projected gradient met the tolerance, and so it does with the certified error
+    of the gradient; of a rule without certificates, in a step whose solves met their tolerances."""
     PLATEAU = 2
     """The value has not improved for as many steps as `patience` allows."""
     STEPS = 3
@@ -35,6 +36,8 @@ class Outcome(enum.IntEnum):
     """A step failed or was not finite; y and the optimiser are those before it."""
     INTERRUPTED = 5
     """A signal asked the process to end."""
+    CANDIDATE = 6
+    """The norm met the tolerance, and the error of the gradient is not known yet."""
 
 
 class BilevelHistory(NamedTuple):
@@ -101,6 +104,20 @@ class Milestone(NamedTuple):
     step: jax.Array
 
 
+class Candidate(NamedTuple):
+    """The point of the last step, which may be the end of a run.
+
+    Attributes:
+      y: the outer variable before the step.
+      due: the number of the first step that may be certified, int32.
+      refused: how many points were no end when they were certified, int32.
+    """
+
+    y: PyTree
+    due: jax.Array
+    refused: jax.Array
+
+
 class BilevelState(NamedTuple):
     """All that a bilevel training run is, as one pytree; made by `OuterStep.init`.
 
@@ -114,6 +131,7 @@ class BilevelState(NamedTuple):
       history: a `BilevelHistory` of the last steps.
       best: the `Best` point so far.
       milestone: a `Milestone`, for stopping at a plateau.
+      candidate: a `Candidate` for the end of the run.
       first_stationarity: the norm of the projected gradient in the first step.
       outcome: an `Outcome` code, int32; steps leave a state alone that is not RUNNING.
     """
@@ -127,6 +145,7 @@ class BilevelState(NamedTuple):
     history: BilevelHistory
     best: Best
     milestone: Milestone
+    candidate: Candidate
     first_stationarity: jax.Array
     outcome: jax.Array
 
@@ -153,6 +172,8 @@ def entry(
     if certificate is not None:
         products.append(certificate.products)
     statuses = [inner.status, *(solve.status for solve in solves)]
+    if report.dropped is not None:  # the gradient is right without them
+        statuses = [jnp.where(report.dropped, 0, status) for status in statuses]
     return BilevelHistory(
         value=result.value,
         gradient_norm=gradient_norm.astype(dtype),

@@ -14,13 +14,15 @@ from bilevax import _loop as loop
 from bilevax import _trees as trees
 from bilevax._closures import as_partial
 from bilevax._iterative import Bound, IterativeRule
+from bilevax._scaling import scaled
 from bilevax._status import is_failure
-from bilevax.hypergradient import Engine, WarmStart, cold_start
+from bilevax.hypergradient import Engine, WarmStart, cold_residual, cold_start
 from bilevax.outer._evaluation import evaluate, idle_unless, resolved, value, with_effort
 from bilevax.outer._schedules import Constant, Schedule
 from bilevax.outer._state import (
     Best,
     BilevelState,
+    Candidate,
     Milestone,
     Outcome,
     empty_history,
@@ -89,6 +91,13 @@ class OuterStep:
         checks.is_component("engine(key)", engine, Engine, "value_and_hypergradient(...)")
         self.schedule.check(engine)
         return engine
+
+    def stationarity(self, y: PyTree, gradient: PyTree) -> jax.Array:
+        """Return ||y - P(y - gradient)||, the norm of the projected gradient."""
+        if self.projection is None:
+            return trees.norm(gradient)
+        moved = self.projection(trees.add_scaled(y, -1, gradient))
+        return trees.norm(trees.difference(moved, y))
 
     def __call__(self, state: BilevelState) -> BilevelState:
         """Return the state after one step; a state that is not RUNNING stays as it is."""
@@ -191,6 +200,7 @@ def _init(
         history=empty_history(history, infinity),
         best=Best(infinity, y, warm.x, none),
         milestone=Milestone(infinity, none),
+        candidate=Candidate(y, none, none),
         first_stationarity=jnp.full((), jnp.nan, dtype),
         outcome=jnp.asarray(int(Outcome.RUNNING), jnp.int32),
     )
@@ -216,6 +226,8 @@ def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
         warm = warm._replace(x=warm.start)
     if not step.warm_adjoint:
         warm = warm._replace(adjoint=jax.tree.map(jnp.zeros_like, warm.adjoint))
+    # The scaling of this step is found once, for all that is solved in it.
+    engine = dataclasses.replace(engine, problem=scaled(engine.problem, warm.x, y))
     effort = step.schedule.effort(state.schedule, state.step, warm.x)
     safeguarded = step.warm_x and step.schedule.safeguarded
     effort = resolved(effort, engine, y, warm, safeguarded=safeguarded)
@@ -225,10 +237,7 @@ def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
     result, certificate = evaluate(engine, effort, y, warm)
 
     gradient_norm = trees.norm(result.gradient)
-    stationarity = gradient_norm
-    if step.projection is not None:
-        moved = step.projection(trees.add_scaled(y, -1, result.gradient))
-        stationarity = trees.norm(trees.difference(moved, y))
+    stationarity = step.stationarity(y, result.gradient)
     rtol = jnp.nan if engine.accuracy is not None else loop.stopping_rtol(engine.solver, warm.x)
     record = entry(result, gradient_norm, stationarity, rtol)
 
@@ -261,7 +270,7 @@ def _advance(step: OuterStep, state: BilevelState) -> BilevelState:
         state.step,
         record,
         certificate,
-        trees.norm(engine.problem.optimality(warm.start, y)),
+        jnp.max(cold_residual(engine.solver, engine.problem, warm, y)),
         _order(engine),
     )
     reached = Best(record.value, y, result.x, state.step)

@@ -20,3 +20,4 @@ from bilevax.rules._steps import Step as Step
 from bilevax.rules._tasks import correct_tasks as correct_tasks
 from bilevax.rules._tasks import pull_tasks as pull_tasks
 from bilevax.rules._tasks import push_tasks as push_tasks
+from bilevax.rules._tasks import with_failed as with_failed

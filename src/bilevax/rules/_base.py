@@ -12,6 +12,7 @@ from bilevax import _trees as trees
 from bilevax._failure import OnFailure
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
+from bilevax._scaling import scaled
 from bilevax._separable import representative
 from bilevax.linear import LinearSolver, default_rtol
 from bilevax.rules._tasks import correct_tasks, pull_tasks, push_tasks
@@ -70,6 +71,9 @@ class Rule(abc.ABC):
 
     order: int = 1
     """The power of ||x - x*|| to which the error is proportional."""
+
+    adjoint_is_of_x: bool = True
+    """Whether the adjoint that it reports is that of F_1, not of another variable."""
 
     def refine(self, problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, LinearReport | None]:
         """Return the point at which this rule is evaluated, and the report of its correction.
@@ -195,6 +199,11 @@ class Wrapper(Rule):
         """The order of the rule inside."""
         return self.rule.order
 
+    @property
+    def adjoint_is_of_x(self) -> bool:  # type: ignore[override]
+        """What the rule inside has."""
+        return self.rule.adjoint_is_of_x
+
     def with_linear_solver(self, linear_solver: LinearSolver | None) -> "Wrapper":
         return dataclasses.replace(self, rule=self.rule.with_linear_solver(linear_solver))
 
@@ -212,7 +221,7 @@ def _checked(rule: Rule, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
 def _refine(rule: Rule, problem: Problem, x: PyTree, y: PyTree) -> Any:
     problem.check(x, y)
     rule.check(*representative(problem, x), y)
-    return correct_tasks(rule.correct, problem, x, y, Settings())
+    return correct_tasks(rule.correct, scaled(problem, x, y), x, y, Settings())[:2]
 
 
 @jax.jit
@@ -221,6 +230,7 @@ def _pullback(
 ) -> Any:
     problem.check(x, y)
     rule.check(*representative(problem, x), y)
+    problem = scaled(problem, x, y)
     _, cotangent_y, report = pull_tasks(rule.pull, problem, x, y, cotangent, guess, Settings())
     return cotangent_y, report
 
@@ -229,6 +239,7 @@ def _pullback(
 def _pushforward(rule: Rule, problem: Problem, x: PyTree, y: PyTree, tangent: PyTree) -> Any:
     problem.check(x, y)
     rule.check(*representative(problem, x), y)
+    problem = scaled(problem, x, y)
     still = jax.tree.map(jax.custom_derivatives.zero_from_primal, problem)
     settings = Settings(on_failure=OnFailure.NAN)
     return push_tasks(rule.push, problem, x, y, (still, tangent), settings)

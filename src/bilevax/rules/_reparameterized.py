@@ -60,6 +60,11 @@ class Reparameterized(Wrapper):
         super().__post_init__()
         checks.is_component("change", self.change, Change, "ExpChange()")
 
+    @property
+    def adjoint_is_of_x(self) -> bool:  # type: ignore[override]
+        """Never: it is that of z."""
+        return False
+
     def check(self, problem: Problem, x: PyTree, y: PyTree) -> None:
         self.change.check(problem, x, y)
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 
 from bilevax import _checks as checks
-from bilevax import _trees as trees
 from bilevax._problems import Minimum, Problem
+from bilevax._scaling import scaled, without_scaling
 
 PyTree = Any
 
@@ -44,10 +44,23 @@ class Solver(abc.ABC):
     atol: Any
     maxiter: Any
 
+    takes_scaling: bool = False
+    """Whether rows and columns of F_1 are scaled for it, and ||F|| is that of scaled rows."""
+
+    def posed(self, problem: Problem, x: PyTree, y: PyTree) -> Problem:
+        """Return the problem as this solver takes it: with a scaling found at (x, y), or none."""
+        return scaled(problem, x, y) if self.takes_scaling else without_scaling(problem)
+
+    is_smooth: Any = True
+    """Whether steps have derivatives at a solution, where what they remember is rounding.
+
+    `Unrolled` ends the runs of other solvers once F is of the size of its rounding error.
+    """
+
     def evaluate(self, problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, jax.Array]:
         """Return what steps from x need of the problem, F(x, y) by default, and ||F(x, y)||."""
         optimality = problem.optimality(x, y)
-        return optimality, trees.norm(optimality)
+        return optimality, problem.norm(optimality)
 
     def init(self, problem: Problem, x: PyTree, y: PyTree) -> Iterate:
         """Return the iterate at the start x; by default without a memory."""

@@ -71,7 +71,7 @@ class FixedPointIteration(base.Solver):
 
     def evaluate(self, problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, jax.Array]:
         image = problem.image(x, y)
-        return image, trees.norm(optax.tree.sub(x, image))
+        return image, problem.norm(optax.tree.sub(x, image))
 
     def init(self, problem: Problem, x: PyTree, y: PyTree) -> base.Iterate:
         evaluation = self.evaluate(problem, x, y)

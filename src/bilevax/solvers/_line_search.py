@@ -73,7 +73,7 @@ def evaluate(problem: Problem, x: PyTree, y: PyTree) -> tuple[Evaluation, jax.Ar
     else:
         optimality = problem.optimality(x, y)
         value = jnp.zeros((), trees.dtype(x))
-    return Evaluation(value, optimality), trees.norm(optimality)
+    return Evaluation(value, optimality), problem.norm(optimality)
 
 
 def first_step_size(evaluation: Evaluation) -> jax.Array:

@@ -39,6 +39,9 @@ class Newton(base.Solver):
     does not descend is replaced by the steepest one, so negative curvature slows Newton down but
     does not fool it.
 
+    Units do not matter: ||F|| is that of scaled rows where entries of x or F have sizes that differ
+    widely, and so are the residuals of its linear systems; see `minimum`.
+
     Args:
       linear_solver: a `LinearSolver` that is used with its own tolerances, such as `Dense()`;
         None for the inexact solve above.
@@ -68,6 +71,8 @@ class Newton(base.Solver):
     maxiter: Any = 100
     _: dataclasses.KW_ONLY
     line_search: Backtracking = Backtracking()
+
+    takes_scaling = True
 
     def __post_init__(self) -> None:
         base.check_stopping(self)
@@ -120,7 +125,7 @@ class Newton(base.Solver):
             # Not downhill, or NaN because curvature was negative at once: steepest descent.
             descends = trees.inner(optimality, direction) < 0
             descends = trees.decided(descends | (trees.max_abs(optimality) == 0))
-            steepest = trees.scale(-1 / jnp.maximum(norm, 1), optimality)
+            steepest = trees.scale(-1 / jnp.maximum(norm, 1), problem.in_units_of_x(optimality))
             direction = trees.where(descends, direction, steepest)
         whole = jnp.ones_like(norm)
         found = backtrack(self.line_search, problem, iterate, y, direction, whole, True)
