@@ -1,9 +1,16 @@
-# Each target makes .venv when it must. ARGS passes options on: make test ARGS="-k newton".
+# Each target makes an environment when it must. ARGS passes options on: make test ARGS="-k newton".
+# Another interpreter, or other pins of constraints/, have an environment of their own:
+#   make test PYTHON=python3.13      what pip installs there
+#   make test PINS=oldest            the oldest versions that pyproject.toml allows
 PYTHON ?= python3
+PINS ?=
 ARGS ?=
 
-VENV := .venv
+version_of = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+SUFFIX := $(or $(PINS),$(if $(filter-out file,$(origin PYTHON)),$(call version_of,$(PYTHON))))
+VENV := .venv$(SUFFIX:%=-%)
 PY := $(VENV)/bin/python
+PINNED := constraints/$(or $(PINS),$(call version_of,$(or $(wildcard $(PY)),$(PYTHON)))).txt
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 # pyright would ask the network whether a newer version exists.
@@ -74,28 +81,35 @@ maid: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 
-# Pins what the dev extra installs into an empty environment. Run it with the oldest supported Python.
+# Pins what the dev extra installs into an empty environment: for the Python that is given, or with
+# PINS=oldest and the oldest Python at the lower bounds of pyproject.toml.
 constraints:
 	@$(call check_python)
 	@set -e; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
 	$(PYTHON) -m venv "$$tmp/venv"; \
-	"$$tmp/venv/bin/python" $(PIP_INSTALL) --editable '.[dev]'; \
-	{ echo '# Everything the dev extra installs. Made by: make constraints PYTHON=python3.11'; \
-	  "$$tmp/venv/bin/python" -m pip freeze --exclude-editable; } > "$$tmp/constraints.txt"; \
-	cp "$$tmp/constraints.txt" constraints.txt
+	touch "$$tmp/bounds"; \
+	if [ '$(PINS)' = oldest ]; then "$$tmp/venv/bin/python" .ci/lower_bounds.py > "$$tmp/bounds"; fi; \
+	"$$tmp/venv/bin/python" $(PIP_INSTALL) --editable '.[dev]' --constraint "$$tmp/bounds"; \
+	mkdir -p constraints; \
+	version=$(call version_of,$(PYTHON)); \
+	{ echo "# Everything the dev extra installs. Made by:" \
+	    "make constraints PYTHON=python$$version$(PINS:%= PINS=%)"; \
+	  "$$tmp/venv/bin/python" -m pip freeze --exclude-editable; } > "$$tmp/pins"; \
+	cp "$$tmp/pins" constraints/$(or $(PINS),$$version).txt
 
 # Removes what the other targets wrote. The environment stays, and is checked by the next target.
 clean:
-	rm -rf $(VENV)/*.stamp build dist demo-output benchmarks/output .pytest_cache .ruff_cache
-	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv*/*.stamp build dist demo-output benchmarks/output .pytest_cache .ruff_cache
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
-# A stamp says that .venv holds an extra. It is written last, so a broken install runs again,
-# and an environment without a working pip is made anew.
-$(VENV)/%.stamp: pyproject.toml constraints.txt $(PY)
+# A stamp says that an environment holds an extra. It is written last, so a broken install runs
+# again, and an environment without a working pip is made anew. A Python without pins gets what pip
+# finds.
+$(VENV)/%.stamp: pyproject.toml $(wildcard $(PINNED)) $(PY)
 	@$(PY) -m pip --version >/dev/null 2>&1 || { $(call check_python) && $(PYTHON) -m venv --clear $(VENV); }
-	$(PY) $(PIP_INSTALL) --editable '.[$*]' --constraint constraints.txt
+	$(PY) $(PIP_INSTALL) --editable '.[$*]' $(addprefix --constraint ,$(wildcard $(PINNED)))
 	@touch $@
 
 # When the interpreter is gone, the stamps no longer count.

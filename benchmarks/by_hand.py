@@ -186,8 +186,10 @@ def equilibrium(
         v, term = state
         return v + term, pull_z(term)[0]
 
-    # The last product gives the residual. As in bilevax, the result is NaN if the series diverges.
-    v, term = jax.lax.fori_loop(0, terms, add_term, (jnp.zeros_like(g), g))
+    # As in bilevax the last term costs no product, and the result is NaN if the series diverges.
+    products = terms - 1
+    v, term = jax.lax.fori_loop(0, products, add_term, (jnp.zeros_like(g), g))
+    v = v + term
     v = jnp.where(jnp.vdot(term, term) < jnp.vdot(g, g), v, jnp.nan)
     _, pull_layer = jax.vjp(lambda layer: problems.apply_layer(z, layer, inputs), layer)
-    return pull_layer(v)[0], Counts(steps, 0, 0, terms)
+    return pull_layer(v)[0], Counts(steps, 0, 0, products)

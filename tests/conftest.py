@@ -6,11 +6,14 @@ programs do; that takes several times as long and must give the same verdicts.
 
 import itertools
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+if version("jaxlib").startswith("0.10."):
+    # Halves the time to compile. Later versions do not know the flag, and end without a word.
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import jax
 

@@ -62,13 +62,16 @@ def hoist(function: Partial, *arguments: PyTree) -> Partial:
 def make_explicit(function: Callable[..., PyTree], *arguments: PyTree) -> Partial:
     """Return an equal function as a `Partial` whose one argument is its closed-over tracers."""
     traced, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    jaxpr, constants = traced.jaxpr, traced.consts
+    constants = traced.consts
     is_tracer = [isinstance(constant, Tracer) for constant in constants]
     concrete = [None if is_tracer[i] else c for i, c in enumerate(constants)]
     captured = [c for i, c in enumerate(constants) if is_tracer[i]]
     output_structure = jax.tree.structure(shape)
 
-    # What is compiled for this function keeps it alive, so it must not hold on to the tracers.
+    # What is compiled for this function keeps it alive, so it must not hold on to the tracers. From
+    # JAX 0.11 on the jaxpr has its constants inside.
+    jaxpr = ClosedJaxpr(traced.jaxpr, concrete).jaxpr
+
     def explicit(captured: list[jax.Array], *arguments: PyTree) -> PyTree:
         values = iter(captured)
         constants = [next(values) if is_tracer[i] else c for i, c in enumerate(concrete)]

@@ -5,6 +5,7 @@ Vectors of this package are pytrees of real floating arrays. Whatever `optax.tre
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -12,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax.tree
+from jax.ad_checkpoint import checkpoint_name
 from jax.flatten_util import ravel_pytree
 
 from bilevax import _mesh as mesh
 
 PyTree = Any
+DECISION = "decision"
 _Class = TypeVar("_Class", bound=type)
 
 
@@ -163,6 +166,17 @@ def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     own, which takes longer to trace and to lower.
     """
     return jax.tree.map(lambda u, w: jax.lax.select(condition, u, w), a, b)
+
+
+def decided(outcome: PyTree) -> PyTree:
+    """Mark what a comparison led to, a constant under differentiation.
+
+    Where numbers are near rounding, a comparison has two outcomes: compilers may form a product and
+    a sum at once in one copy of a computation, and not in another. So a backward pass, which
+    computes a step anew, must be told what was decided: it keeps what is marked here.
+    """
+    mark = functools.partial(checkpoint_name, name=DECISION)
+    return jax.tree.map(mark, jax.lax.stop_gradient(outcome))
 
 
 @jax.custom_batching.custom_vmap

@@ -65,8 +65,8 @@ def _unroll(
         # What the solver knows at x depends on y; what it remembers is a constant. But a run that
         # is no longer than that depends on all that its start does.
         iterate = before.iterate
-        evaluation, residual = solver.evaluate(problem, iterate.x, y)
-        iterate = iterate._replace(evaluation=evaluation, residual=residual)
+        evaluation = _as_function(iterate.evaluation, solver, problem, iterate.x, y)
+        iterate = iterate._replace(evaluation=evaluation)
         is_whole = end.iterations <= sweep.last
         whole, part = jax.tree.map(jnp.asarray, (first, before._replace(iterate=iterate)))
         reached = _iterate(
@@ -106,15 +106,40 @@ def _iterate(
         count = -(-length // segments)
         return when(is_due(progress), lambda start: scan(one, start, count), progress), None
 
-    # What is kept of a body is its input, and nothing that is read inside.
+    # What is kept of a body is its input and what it decided, and nothing that is read inside.
+    kept = jax.checkpoint_policies.save_only_these_names(trees.DECISION)
+
     def scan(body: Callable[..., Any], start: Progress, count: int) -> Progress:
-        return mesh.scan(jax.checkpoint(body, prevent_cse=False), start, None, length=count)[0]
+        body = jax.checkpoint(body, prevent_cse=False, policy=kept)
+        return mesh.scan(body, start, None, length=count)[0]
 
     start = jax.tree.map(jnp.asarray, start)
     if sweep.checkpoints is None:
         return scan(one, start, length)
     segments = max(1, min(sweep.checkpoints, length))
     return scan(several, start, segments)
+
+
+@jax.custom_jvp
+def _as_function(
+    evaluation: PyTree, solver: Solver, problem: Problem, x: PyTree, y: PyTree
+) -> PyTree:
+    """Return an evaluation that is known, with its derivative.
+
+    Not what is evaluated anew: where F is near rounding, its last bits are other ones there than in
+    the run, which may have gone on from an F that would be zero here.
+    """
+    return evaluation
+
+
+@_as_function.defjvp
+def _as_function_jvp(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
+    evaluation, *arguments = primals
+
+    def evaluate(solver: Solver, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
+        return solver.evaluate(problem, x, y)[0]
+
+    return evaluation, jax.jvp(evaluate, tuple(arguments), tuple(tangents[1:]))[1]
 
 
 def _without_norm(progress: Progress) -> Progress:

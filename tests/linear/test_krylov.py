@@ -40,15 +40,22 @@ def test_solves_nonsymmetric_systems(kind, seed):
 
 
 @pytest.mark.parametrize(("dtype", "condition"), [slow(np.float32, 1e4), (np.float64, 1e8)])
-@pytest.mark.parametrize("seed", range(5))
-def test_gmres_does_not_square_the_condition_number(seed, dtype, condition):
-    generator = np.random.default_rng(seed)
-    left, right = (np.linalg.qr(generator.normal(size=(SIZE, SIZE)))[0] for _ in range(2))
-    matrix = left * np.geomspace(1, 1 / condition, SIZE) @ right
-    b = matrix @ generator.normal(size=SIZE)
-    _, report = solve(bx.GMRES(), matrix.astype(dtype), b.astype(dtype))
-    assert report.status is Status.CONVERGED
-    assert report.residual <= np.finfo(dtype).eps ** 0.75
+def test_gmres_does_not_square_the_condition_number(dtype, condition):
+    """By default the tolerance is eps^(3/4), which rounding may miss by a small factor.
+
+    Where the condition number is squared, the worst residual of these systems is 100 times that in
+    float32 and 20 times in float64.
+    """
+    residuals = []
+    for seed in range(40):
+        generator = np.random.default_rng(seed)
+        left, right = (np.linalg.qr(generator.normal(size=(SIZE, SIZE)))[0] for _ in range(2))
+        matrix = left * np.geomspace(1, 1 / condition, SIZE) @ right
+        b = matrix @ generator.normal(size=SIZE)
+        _, report = solve(bx.GMRES(), matrix.astype(dtype), b.astype(dtype))
+        assert report.status is Status.CONVERGED
+        residuals.append(report.residual)
+    assert max(residuals) < 10 * np.finfo(dtype).eps ** 0.75
 
 
 @both

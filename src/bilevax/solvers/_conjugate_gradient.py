@@ -93,7 +93,8 @@ class ConjugateGradient(base.Solver):
         steepness = jnp.abs(curvature)
         exact = -trees.inner(optimality, unit) / jnp.where(steepness > 0, steepness, 1)
         exact = jnp.where(steepness > 0, exact, longest_step(iterate.x))
-        length = jnp.where(curvature > 0, exact, jnp.maximum(2 * last_length, exact))
+        curved = trees.decided(curvature > 0)
+        length = jnp.where(curved, exact, jnp.maximum(2 * last_length, exact))
         found = backtrack(self.line_search, problem, iterate, y, unit, length)
 
         following, size = found.evaluation.optimality, iterate.residual
@@ -101,10 +102,11 @@ class ConjugateGradient(base.Solver):
         change = trees.add_scaled(following_unit, -1, optimality)
         square = trees.inner(optimality, optimality)
         beta = trees.inner(following_unit, change) / jnp.where(square > 0, square, 1)
-        beta = jnp.maximum(0, beta)
+        beta = jnp.where(trees.decided(beta > 0), beta, 0)
         steepest = trees.negative(following)
         direction = trees.add_scaled(steepest, beta, direction)
-        descends = trees.inner(following_unit, _unit_sized(direction, size)) < 0
+        slope = trees.inner(following_unit, _unit_sized(direction, size))
+        descends = trees.decided(slope < 0)
         direction = trees.where(descends, direction, steepest)
         return found._replace(state=_State(direction, found.state))
 

@@ -145,7 +145,7 @@ class AcceleratedGradient(base.Solver):
         gradient_step = trees.add_scaled(iterate.x, step_size, optimality)
         move = trees.add_scaled(gradient_step, -1, state.previous)
         size = jnp.where(iterate.residual > 0, iterate.residual, 1)
-        uphill = trees.inner(trees.scale(1 / size, optimality), move) > 0
+        uphill = trees.decided(trees.inner(trees.scale(1 / size, optimality), move) > 0)
         weight = jnp.where(uphill, 1, state.weight)
         next_weight = (1 + jnp.sqrt(1 + 4 * weight**2)) / 2
         x = trees.add_scaled(gradient_step, (weight - 1) / next_weight, move)

@@ -1,6 +1,7 @@
 """Backtracking along a direction, with an acceptance test that survives rounding."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from bilevax._problems import Minimum, Problem
 from bilevax.solvers._base import Iterate
 
 PyTree = Any
+_ROUNDING = 64  # rounding errors of f, F and x are at most that many times epsilon, mostly
 
 
 @trees.register
@@ -103,7 +105,7 @@ def no_single_step(solver: str) -> TypeError:
     )
 
 
-@jax.custom_jvp
+@functools.partial(jax.custom_jvp, nondiff_argnums=(6,))
 def backtrack(
     options: Backtracking,
     problem: Problem,
@@ -111,18 +113,21 @@ def backtrack(
     y: PyTree,
     direction: PyTree,
     first_step: jax.Array,
+    is_whole: bool = False,
 ) -> Iterate:
     """Search from `start` along `direction`; stalled at the start if no trial is accepted.
 
     The state of the iterate returned is its step size. How often the step was shrunk is a constant
-    under differentiation: it is one, but for jumps.
+    under differentiation: it is one, but for jumps. Where the first step is a whole one, as that of
+    Newton's method, and as short as rounding errors of x, rounding decides how often it is shrunk,
+    and the derivative is that of the whole step.
     """
     value, optimality = start.evaluation
     # The first trial has the size of x, where a direction and its step size may have any.
     move = trees.scale(first_step, direction)
     slope = trees.inner(optimality, move)
     epsilon, size = trees.epsilon(start.x), jnp.abs(value)
-    rounding = 64 * epsilon
+    rounding = _ROUNDING * epsilon
 
     def accepts(trial: Iterate) -> jax.Array:
         if not isinstance(problem, Minimum):
@@ -159,21 +164,26 @@ def backtrack(
 
 
 @backtrack.defjvp
-def _backtrack_jvp(primals: Any, tangents: Any) -> tuple[Iterate, Iterate]:
+def _backtrack_jvp(is_whole: bool, primals: Any, tangents: Any) -> tuple[Iterate, Iterate]:
     _, problem, start, y, direction, first_step = primals
     _, *tangents = tangents
-    found = backtrack(*primals)
+    found = backtrack(*primals, is_whole)
+    stalled = trees.decided(found.stalled)
     # A search that rounding ends, at a solution, has the derivative of the step that it tried.
+    is_tried = stalled
+    if is_whole:
+        length, size = trees.norm(trees.scale(first_step, direction)), trees.norm(start.x)
+        is_tried = is_tried | (length <= _ROUNDING * trees.epsilon(start.x) * size)
     part = found.state / jnp.where(first_step == 0, 1, first_step)
-    shrunk = jax.lax.stop_gradient(jnp.where(found.stalled, 1, part))
+    shrunk = trees.decided(jnp.where(is_tried, 1, part))
 
     def follow(
         problem: Problem, start: Iterate, y: PyTree, direction: PyTree, first_step: jax.Array
     ) -> Iterate:
         move = trees.scale(shrunk, trees.scale(first_step, direction))
-        still = trees.scale(found.stalled, jax.lax.stop_gradient(move))
+        still = trees.scale(stalled, jax.lax.stop_gradient(move))
         x = jax.tree.map(lambda x, u, w: x + u - w, start.x, move, still)
-        return Iterate(x, *evaluate(problem, x, y), shrunk * first_step, found.stalled)
+        return Iterate(x, *evaluate(problem, x, y), shrunk * first_step, stalled)
 
     _, tangent = jax.jvp(follow, (problem, start, y, direction, first_step), tuple(tangents))
     return found, tangent

@@ -123,10 +123,11 @@ class Newton(base.Solver):
         direction = trees.negative(_solve(jacobian, optimality, solver))
         if isinstance(problem, Minimum):
             # Not downhill, or NaN because curvature was negative at once: steepest descent.
-            descends = trees.inner(optimality, direction) <= 0
+            descends = trees.decided(trees.inner(optimality, direction) <= 0)
             steepest = trees.scale(-1 / jnp.maximum(norm, 1), problem.in_units_of_x(optimality))
             direction = trees.where(descends, direction, steepest)
-        found = backtrack(self.line_search, problem, iterate, y, direction, jnp.ones_like(norm))
+        whole = jnp.ones_like(norm)
+        found = backtrack(self.line_search, problem, iterate, y, direction, whole, True)
         return found._replace(state=run)
 
 
