@@ -16,7 +16,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # pyright would ask the network whether a newer version exists.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: test demo bench certificates hard bounds maid study rates memory equilibrium kills steady tuning heldout training lint constraints clean
+.PHONY: test demo bench certificates hard price bounds maid study rates memory equilibrium kills steady tuning heldout training lint constraints clean
 .NOTPARALLEL: # two installs must not write to .venv at once
 
 # All tests but the slow ones. For every test: make test ARGS='-m ""'
@@ -40,6 +40,10 @@ bounds: $(VENV)/dev.stamp
 # Requests of an accuracy where certificates are easily fooled: is CONVERGED ever wrong?
 hard: $(VENV)/dev.stamp
 	$(PY) benchmarks/hard_requests.py $(ARGS)
+
+# A requested accuracy beside the tolerance that is best in hindsight: seconds and products.
+price: $(VENV)/dev.stamp
+	$(PY) benchmarks/price.py $(ARGS)
 
 study: $(VENV)/dev.stamp
 	$(PY) benchmarks/efficiency.py $(ARGS)

@@ -240,10 +240,9 @@ def _solve(
     if settings.on_failure is OnFailure.DROP:
         dropped = is_failure(report.status)
         x = choose(problem, dropped, x0, x)
-        problem = scaled(problem, x, y)
         x, correction, dropped = correct_tasks(rule.correct, problem, x, y, settings, dropped)
         return x, report._replace(correction=correction, dropped=dropped)
-    x, correction, _ = correct_tasks(rule.correct, scaled(problem, x, y), x, y, settings)
+    x, correction, _ = correct_tasks(rule.correct, problem, x, y, settings)
     report = report._replace(correction=correction)
     x = _guarded(settings, "inner solve", problem, report.status, x)
     if correction is not None:

@@ -126,11 +126,12 @@ def norm(a: PyTree) -> jax.Array:
     no digit changes.
     """
     common = dtype(a)
-    wide = jnp.promote_types(common, jnp.float32)
+    wide = at_least_single(common)
     exponent = int(jnp.finfo(wide).maxexp)
     size, one = max_abs(a).astype(wide), jnp.ones((), wide)
     factor = where(size > 2.0 ** (exponent // 4), one * 2.0 ** -(5 * exponent // 8), one)
-    factor = where(size < 2.0 ** -(exponent // 4), one * 2.0 ** (5 * exponent // 8), factor)
+    # Its square is in range: compilers may take it out of the sum of squares.
+    factor = where(size < 2.0 ** -(exponent // 4), one * 2.0 ** (exponent // 2 - 2), factor)
     factor = jax.lax.stop_gradient(factor)
     scaled = jax.tree.map(lambda u: u.astype(wide) * factor, a)
     square = inner(scaled, scaled)

@@ -86,8 +86,10 @@ def test_a_certificate_sees_the_error_of_the_adjoint():
     result = engine(Y, bx.cold_start(X0))
     certificate = result.report.certificate
     error = np.linalg.norm(result.gradient - truth(Y)[3])
-    np.testing.assert_allclose(certificate.adjoint, error, rtol=1e-3)
-    assert certificate.adjoint > 1e4 * certificate.inner
+    # The solve that tells the parts apart leaves a hundredth of the residual.
+    np.testing.assert_allclose(certificate.adjoint, error, rtol=0.05)
+    np.testing.assert_allclose(certificate.absolute, error, rtol=0.01)
+    assert certificate.adjoint > 20 * certificate.inner
 
 
 def test_whether_to_certify_may_be_traced():

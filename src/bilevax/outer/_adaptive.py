@@ -144,7 +144,7 @@ class Adaptive(Schedule):
             """Return the tolerance at which a part is half of the error that is aimed at."""
             # A part goes with the residual that there was, which may be far below the tolerance;
             # later ones may come up to it.
-            goal = _AIM / 2 * allowed / (1 + certificate.contraction)
+            goal = _AIM / 2 * allowed / (1 + certificate.contraction**2)
             change = (goal / part).astype(dtype) ** (1 / power)
             change = jnp.clip(change, 1 / _LARGEST_CHANGE, _LARGEST_CHANGE)
             residual = jnp.maximum(residual.astype(dtype), jnp.finfo(dtype).eps)
@@ -177,7 +177,8 @@ class Adaptive(Schedule):
         """Return the error, the one allowed, and whether the certificate tells."""
         assert certificate is not None
         size = entry.stationarity
-        error = (certificate.absolute * (1 + certificate.contraction)).astype(size.dtype)
+        # The second correction leaves about the square of the contraction.
+        error = (certificate.absolute * (1 + certificate.contraction**2)).astype(size.dtype)
         allowed = jnp.asarray(self.fraction, size.dtype) * size
         known = (certificate.status == Status.CONVERGED) & jnp.isfinite(error) & (size > 0)
         return error, allowed, known

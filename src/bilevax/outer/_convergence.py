@@ -60,7 +60,8 @@ def remember(before: BilevelState, after: BilevelState) -> BilevelState:
     was_running = before.outcome == Outcome.RUNNING
     # Values of inexact solutions may be too small: a point that converged is better than those.
     converged = (after.outcome == Outcome.CONVERGED) & was_running
-    point = trees.where(was_running, before.y, after.candidate.y)
+    stepped = was_running & (after.outcome != Outcome.FAILED)
+    point = trees.where(stepped, before.y, after.candidate.y)
     return after._replace(
         best=trees.where(converged, _reached(after, before.y), after.best),
         candidate=after.candidate._replace(y=point),

@@ -223,7 +223,7 @@ def _checked(rule: Rule, problem: Problem, x: PyTree, y: PyTree) -> PyTree:
 def _refine(rule: Rule, problem: Problem, x: PyTree, y: PyTree) -> Any:
     problem.check(x, y)
     rule.check(*representative(problem, x), y)
-    return correct_tasks(rule.correct, scaled(problem, x, y), x, y, Settings())[:2]
+    return correct_tasks(rule.correct, problem, x, y, Settings())[:2]
 
 
 @jax.jit

@@ -10,6 +10,7 @@ from bilevax import _checks as checks
 from bilevax import _trees as trees
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
+from bilevax._scaling import scaled
 from bilevax.linear import default_rtol
 from bilevax.rules._base import Settings, Wrapper
 from bilevax.rules._steps import CustomStep, Step
@@ -75,6 +76,7 @@ class Preconditioned(Wrapper):
         self, problem: Problem, x: PyTree, y: PyTree, settings: Settings
     ) -> tuple[PyTree, LinearReport | None]:
         x, first = self.rule.correct(problem, x, y, settings)
+        problem = scaled(problem, x, y)
         step, report = self.step.apply_inverse(problem, x, y, settings)  # type: ignore[union-attr]
         return trees.add_scaled(x, -1, step), _merge(first, report)
 
