@@ -191,8 +191,10 @@ def test_an_engine_with_an_accuracy_keeps_to_it_in_each_step():
     true = np.array([truth(y)[3] for y in points])
     errors = np.linalg.norm(gradients - true, axis=1)
     assert np.all(errors <= 1e-2 * np.linalg.norm(true, axis=1))
-    assert np.max(errors) > 1e-9  # it is not simply solved to the end
     history = jax.tree.map(lambda leaf: leaf[-1][:15], states.history)
+    # The inner solver only comes near: corrections with the dense matrix do the rest.
+    plain = scanned(STEP, STEP.init(Y, X0), 1)
+    assert 2 * np.max(history.inner_iterations) < plain.history.inner_iterations[0, 0]
     np.testing.assert_allclose(history.certificate, errors, rtol=0.05, atol=1e-12)
     assert np.all(np.isinf(history.rtol)) and np.all(history.products > 0)
 
