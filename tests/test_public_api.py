@@ -172,6 +172,7 @@ LAYERS = [
     {"_results", "_operator", "_failure", "_closures"},
     {"_problems"},
     {"_separable"},
+    {"_scaling"},
     {"linear"},
     {"solvers"},
     {"_loop"},
@@ -238,9 +239,9 @@ def test_no_module_imports_inside_a_function(module):
             assert not delayed, function.name
 
 
-def test_custom_derivatives_have_four_homes():
-    # Those of x*, of a linear solve, of a line search, whose outcome is a constant, and of what
-    # failed and has none.
+def test_custom_derivatives_have_five_homes():
+    # Those of x*, of a linear solve, of a line search, whose outcome is a constant, of what failed
+    # and has none, and of what a run knows already where its last steps begin.
     def defines(path):
         nodes = ast.walk(ast.parse(path.read_text()))
         return {node.attr for node in nodes if isinstance(node, ast.Attribute)} & {
@@ -252,6 +253,7 @@ def test_custom_derivatives_have_four_homes():
     assert homes == {
         "bilevax._failure",
         "bilevax._solution_map",
+        "bilevax._unroll",
         "bilevax.linear._solve",
         "bilevax.solvers._line_search",
     }

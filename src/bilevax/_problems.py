@@ -232,6 +232,10 @@ def minimum(
 
     The optimality map is F(x, y) = grad_x f(x, y), its Jacobian F_1 the Hessian of f in x.
 
+    Entries of x may be in units of any sizes. Where those of F_1 differ widely, `Newton` and all
+    linear solves work with R F_1 C, whose rows and columns are comparable, and measure residuals
+    there: R and C are diagonal, powers of two, and found by a few products with F_1.
+
     Args:
       objective: f, a function of (x, y) that returns a real scalar. x is a pytree of floating
         arrays, y any pytree (integer and PRNG-key leaves get float0 cotangents). It must be

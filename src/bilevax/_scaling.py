@@ -63,7 +63,8 @@ def _find(problem: Problem, x: PyTree, y: PyTree) -> Scaling:
     _, jacobian = problem.linearize(x, y)
     symmetric = jacobian.structure.is_symmetric
     flat, unravel_leaves = trees.ravel(x)
-    ones = jnp.ones(flat.shape, trees.at_least_single(flat.dtype))  # room for squares
+    # Squares need room.
+    ones = mesh.vary_like(jnp.ones(flat.shape, trees.at_least_single(flat.dtype)), flat)
     probes = trees.signs(_PROBES, ones)
 
     def unravel(v: jax.Array) -> PyTree:

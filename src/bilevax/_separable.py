@@ -29,6 +29,7 @@ class Separable(Problem):
       tasks: the data of all tasks, with a leading axis.
       kind: the class of the problem of one task.
       preconditioner: the user's function of (x_i, y, v_i, task_i), or None.
+      scaling: of the rows and columns of F_1, one per task; or None.
     """
 
     tasks: PyTree

@@ -162,7 +162,7 @@ def recommend_rule(
       >>> table = bx.recommend_rule(outer, problem, 0.501, 2.0, bx.RelativeAccuracy(3e-3))
       >>> [round(float(error), 3) for error in table.relative_error]
       [0.004, 0.0, 0.0, 0.002, 0.002]
-      >>> table.rule == bx.Preconditioned(bx.Implicit(), bx.JacobiStep())
+      >>> table.rule == bx.Reparameterized(bx.Implicit(), bx.ExpChange())
       True
 
     Source:
