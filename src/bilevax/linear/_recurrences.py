@@ -86,8 +86,14 @@ def minimal_residual(product: Product, b: jax.Array, enough: jax.Array, steps: i
         jnp.zeros((), jnp.int32),
     )
     end = mesh.while_loop(proceed, step, start)
-    known = jnp.where(jnp.arange(steps, dtype=jnp.int32) < end.taken, end.rotation[:steps, 0], 0)
-    weights = jax.scipy.linalg.solve_triangular(end.triangle, known)
+    diagonal = jnp.abs(jnp.diagonal(end.triangle))
+    # A direction whose image is of rounding size, as in a singular system, tells nothing.
+    seen = diagonal > 10 * epsilon * jnp.max(jnp.abs(end.triangle))
+    due = seen & (jnp.arange(steps, dtype=jnp.int32) < end.taken)
+    triangle = end.triangle + jnp.diag(jnp.where(seen, 0, 1).astype(b.dtype))
+    weights = jax.scipy.linalg.solve_triangular(
+        triangle, jnp.where(due, end.rotation[:steps, 0], 0)
+    )
     return _multiply(weights, end.basis[:steps])
 
 
