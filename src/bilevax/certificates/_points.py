@@ -198,9 +198,12 @@ def judge(
     )
     contraction = jnp.where(change <= floor, 0, contraction)
     # What rounding leaves of F at a solution near x: no step can improve on that.
-    noise = 10 * trees.epsilon(start.x) * problem.terms_norm(start.x, y)
-    is_noise = problem.norm(first.optimality) <= noise
-    return contraction, is_noise | (contraction <= LARGEST_CONTRACTION)
+    noise = problem.rounding_error(start.x, y)
+    norms = [problem.norm(point.optimality) for point in points]
+    # Steps that leap to where Omega hardly changes do not contract F: the mean factor of the two.
+    factor = jnp.sqrt(norms[2] / jnp.where(norms[0] > 0, norms[0], 1))
+    contraction = jnp.where(norms[2] <= noise, contraction, jnp.maximum(contraction, factor))
+    return contraction, (norms[1] <= noise) | (contraction <= LARGEST_CONTRACTION)
 
 
 def distance(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
