@@ -63,8 +63,7 @@ def _find(problem: Problem, x: PyTree, y: PyTree) -> Scaling:
     _, jacobian = problem.linearize(x, y)
     symmetric = jacobian.structure.is_symmetric
     flat, unravel_leaves = trees.ravel(x)
-    # Squares need room.
-    ones = mesh.vary_like(jnp.ones(flat.shape, trees.at_least_single(flat.dtype)), flat)
+    ones = jnp.ones(flat.shape, trees.at_least_single(flat.dtype))  # squares need room
     probes = trees.signs(_PROBES, ones)
 
     def unravel(v: jax.Array) -> PyTree:
@@ -99,6 +98,7 @@ def _find(problem: Problem, x: PyTree, y: PyTree) -> Scaling:
     if problem.scaling is not None:
         known = [problem.scaling.columns] if symmetric else list(problem.scaling)
         scales = jnp.concatenate([trees.ravel(part)[0].astype(ones.dtype) for part in known])
+    scales = mesh.vary_like(scales, flat)
     start = _State(scales, jnp.full((), jnp.inf, ones.dtype), jnp.zeros((), jnp.int32))
     scales = _power_of_two(mesh.while_loop(proceed, improve, start).scales)
     rows, columns = (scales, scales) if symmetric else jnp.split(scales, 2)
