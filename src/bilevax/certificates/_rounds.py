@@ -79,7 +79,7 @@ class _Round(NamedTuple):
     adjoint: PyTree
     found: Estimate  # with the cost of all rounds
     certificate: Certificate  # with the cost of all rounds
-    change: jax.Array  # the smallest since x has moved by inner steps
+    change: jax.Array  # by the last correction that led on; infinite before the first one
     plan: _Plan
 
 
@@ -128,7 +128,6 @@ def solve_accurately(
     first = solver.init(posed, x, y)
     initial_norm = first.residual
     scale = loop.scale_of(scale, initial_norm)
-    smallest = loop.smallest_target(solver, posed, x, y, initial_norm)
     tightest = default_rtol(x)
 
     def inspect(x: PyTree, adjoint: PyTree, plan: _Plan) -> _Verdict:
@@ -149,6 +148,7 @@ def solve_accurately(
 
     def step(state: _Round) -> _Round:
         plan = state.plan
+        smallest = loop.smallest_target(solver, posed, state.iterate.x, y, initial_norm)
         iterate, iterations, status = loop.advance(
             solver,
             posed,
@@ -199,7 +199,7 @@ def solve_accurately(
                 products=total(state.certificate.products, now.certificate.products),
                 status=jnp.where(failed, status, now.certificate.status),
             ),
-            jnp.where(runs, jnp.inf, jnp.minimum(now.change, state.change)),
+            jnp.where(converging, now.change, state.change),
             following,
         )
 
@@ -222,9 +222,9 @@ def solve_accurately(
     found = end.found
     solve = found.rule.solve.status
     gradient = guard(on_failure, "adjoint solve", is_unsolved(solve), solve, found.gradient)
-    inner = SolveReport(
-        end.status, end.iterations, end.iterate.residual, initial_norm, found.correction
-    )
+    norms = end.iterate.residual, initial_norm
+    none = jnp.zeros_like(initial_norm)
+    inner = SolveReport(end.status, end.iterations, *norms, found.correction, rounding=none)
     return found._replace(gradient=gradient), inner, end.certificate
 
 
