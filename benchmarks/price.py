@@ -62,10 +62,10 @@ def ridge() -> Problem:
 
 
 def digits() -> Problem:
-    data = load_digits()
-    features = np.c_[data.data / 16, np.ones(len(data.data))]
-    order = np.random.default_rng(0).permutation(len(features))
-    features, classes = features[order], data.target[order]
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    features = np.c_[np.asarray(images) / 16, np.ones(len(images))][order]
+    classes = np.asarray(labels)[order]
 
     def loss(x: jax.Array, rows: slice) -> jax.Array:
         scores = jax.nn.log_softmax(features[rows] @ x.reshape(65, 10))
