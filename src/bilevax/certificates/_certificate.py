@@ -46,8 +46,8 @@ class Certificate(NamedTuple):
       inner: the norm of the part of `error` that the inexact x causes.
       adjoint: the norm of the part of `error` that the inexact adjoint v causes. With a requested
         accuracy, for which x and v are corrected together, both parts are the whole.
-      contraction: what the second correction changed in Omega, over what the first one did; slow
-        entries of y count for more. The estimate can be trusted where it is well below 1, and is
+      contraction: what the second correction changed in Omega, over what the first one did, or the
+        mean factor of ||F|| if that is larger; slow entries of y count for more. The estimate can be trusted where it is well below 1, and is
         wrong by about that factor.
       products: with F_1 or F_1^T, spent on the certificate, int32; -1 where a linear solver does
         not count them.

@@ -127,11 +127,12 @@ def value_and_hypergradient(
       rule: how the derivative is formed; None is `Implicit()`. `Unrolled()` differentiates the run
         from the warm start on, which is a constant: give the solver a fixed number of steps then.
       accuracy: `RelativeAccuracy(value)` or `AbsoluteAccuracy(value)`. In place of its `rtol`, the
-        inner solver then runs on until a certificate says that the hypergradient is that accurate;
-        `maxiter` and `atol` still bound it. Linear solves without a tolerance of their own follow
-        the accuracy.
+        inner solver then comes near to x*, and corrections of x and of the adjoint follow until the
+        last one changes the hypergradient by less than that; `maxiter` and `atol` bound the solver,
+        which runs on where corrections do not converge. Their linear solves follow the accuracy.
       certified: whether the report has a certificate of the hypergradient at the tolerance of the
-        solver; its linear solves are made to a tenth of that. With `accuracy`, it has one anyway.
+        solver; its linear solves leave a tenth of the residuals that were achieved. With
+        `accuracy`, it has one anyway.
       has_aux: whether `outer` returns a pair.
       on_failure: by default results are returned as they are and the report tells; see
         `solution_map`.
