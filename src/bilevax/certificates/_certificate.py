@@ -47,8 +47,8 @@ class Certificate(NamedTuple):
       adjoint: the norm of the part of `error` that the inexact adjoint v causes. With a requested
         accuracy, for which x and v are corrected together, both parts are the whole.
       contraction: what the second correction changed in Omega, over what the first one did, or the
-        mean factor of ||F|| if that is larger; slow entries of y count for more. The estimate can be trusted where it is well below 1, and is
-        wrong by about that factor.
+        mean factor of ||F|| if that is larger; slow entries of y count for more. The
+        estimate can be trusted where it is well below 1, and is wrong by about that factor.
       products: with F_1 or F_1^T, spent on the certificate, int32; -1 where a linear solver does
         not count them.
       status: CONVERGED; STALLED where `contraction` is above 0.4, and the estimate is a guess only;
@@ -121,7 +121,7 @@ def hypergradient_error(
       >>> problem = bx.minimum(lambda x, y: 0.5 * y * x**2 - x)  # x*(y) = 1 / y
       >>> outer = lambda x, y: x**2  # so dh/dy = -2 / y^3, and Omega(x, y) = -2 x^2 / y
       >>> certificate = bx.hypergradient_error(outer, problem, bx.Implicit(), 0.6, 2.0)
-      >>> round(float(certificate.error), 6), round(float(certificate.relative), 6)
+      >>> round(float(certificate.error), 4), round(float(certificate.relative), 4)
       (-0.11, 0.44)
 
     Source:
