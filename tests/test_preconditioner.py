@@ -279,7 +279,9 @@ def test_engines_and_certificates_use_it():
         wrong = np.linalg.norm(result.gradient - closed_form(MATRIX, Y)[1])
         np.testing.assert_allclose(result.report.certificate.absolute, wrong, rtol=1e-2)
     assert int(reports[0].adjoint.iterations) == 1
-    assert 4 * int(reports[0].certificate.products) < int(reports[1].certificate.products)
+    # Five solves of one step, with a product each for what is left, beside solves of many steps.
+    assert int(reports[0].certificate.products) <= 11
+    assert 2 * int(reports[0].certificate.products) < int(reports[1].certificate.products)
 
 
 @pytest.mark.parametrize("pose", [bx.minimum, bx.root, bx.fixed_point])
