@@ -14,8 +14,8 @@ from bilevax import _trees as trees
 class Accuracy(abc.ABC):
     """How accurate a hypergradient is asked to be; see `RelativeAccuracy`."""
 
-    first_error: Any = 0.1
-    """The relative error at which the first certificate is made, as far as one can guess."""
+    first_error: Any = 0.03
+    """The relative error at which corrections begin, as far as one can guess."""
 
     @abc.abstractmethod
     def allowed(self, size: jax.Array) -> jax.Array:
@@ -67,8 +67,8 @@ class RelativeAccuracy(Accuracy):
 
     @property
     def first_error(self) -> Any:  # type: ignore[override]
-        """Half the digits that are asked for."""
-        return jnp.minimum(0.3 * jnp.sqrt(self.value), 0.1)
+        """Half the digits that are asked for, and half of one more."""
+        return jnp.minimum(0.1 * jnp.sqrt(self.value), 0.03)
 
 
 @trees.register

@@ -18,32 +18,17 @@ from bilevax._results import LinearReport, SolveReport
 from bilevax._scaling import rescaled
 from bilevax._status import Status, code, is_failure, is_unsolved
 from bilevax.certificates._accuracy import Accuracy
-from bilevax.certificates._certificate import Certificate, make_certificate
-from bilevax.certificates._points import (
-    LARGEST_CONTRACTION,
-    REDUCTION,
-    Point,
-    correct_twice,
-    distance,
-    judge,
-    point_of,
-    rounding_floor,
-    total,
-    unlimited,
-)
+from bilevax.certificates._certificate import Certificate
+from bilevax.certificates._corrections import Corrections, correct_until_accurate
+from bilevax.certificates._points import REDUCTION, point_of, total, unlimited
 from bilevax.linear import default_rtol
 from bilevax.rules import Rule, Settings
 from bilevax.solvers import Iterate, Solver
 
 PyTree = Any
 
-# What a correction aims at, over the error that is allowed.
-_AIM = 0.1
-# A correction that changes Omega by more than this part of its terms may have left the solution
-# that the solver is on its way to.
-_LARGEST_CHANGE = 0.5
-# Where rounding decides what a correction does, the error may be so many times as large.
-_NOISE = 3
+# The first target of ||F||, over that of the adjoint.
+_NEARER = 0.3
 # What a round leaves of ||F||, and of tolerances, where the one before told nothing.
 _ONWARD, _TIGHTER = 0.1, 0.01
 _RUNNING = np.int32(-1)
@@ -57,19 +42,6 @@ class _Plan(NamedTuple):
     reduction: jax.Array  # of the first correction
 
 
-class _Verdict(NamedTuple):
-    """What a round has found."""
-
-    found: Estimate  # Omega_1
-    second: Point  # with Omega_2
-    certificate: Certificate
-    change: jax.Array  # |Omega_1 - Omega_2|
-    allowed: jax.Array
-    small: jax.Array  # whether the accuracy is reached
-    converging: jax.Array  # whether further corrections help
-    is_near: jax.Array  # whether they started where they ended, as far as Omega tells
-
-
 class _Round(NamedTuple):
     """Where the rounds are."""
 
@@ -79,7 +51,6 @@ class _Round(NamedTuple):
     adjoint: PyTree
     found: Estimate  # with the cost of all rounds
     certificate: Certificate  # with the cost of all rounds
-    change: jax.Array  # by the last correction that led on; infinite before the first one
     plan: _Plan
 
 
@@ -97,13 +68,13 @@ def solve_accurately(
     *,
     has_aux: bool,
 ) -> tuple[Estimate, SolveReport, Certificate]:
-    """Solve in rounds, each of inner steps, the rule's estimate, and two corrections of it.
+    """Solve in rounds, each of inner steps, the rule's estimate, and corrections of it.
 
     The inner solver comes near to x*, and the corrections do the rest: Omega_0 is that of the rule
-    at its iterate, Omega_1 that after a Newton step and a correction of the adjoint, Omega_2 that
-    after another two. Omega_1 is returned, and Omega_1 - Omega_2 tells its error. Where corrections
-    converge, the next round goes on from the second one, with a first one that is as accurate as
-    needed. Elsewhere the inner solver runs on from its own iterate.
+    at its iterate, Omega_{k+1} that after another Newton step and another correction of the
+    adjoint. Omega_k is returned as soon as Omega_{k-1}, Omega_k and Omega_{k+1} tell that it is
+    accurate enough. Where corrections do not converge, the inner solver runs on from its own
+    iterate.
 
     Args:
       outer: g.
@@ -130,21 +101,24 @@ def solve_accurately(
     scale = loop.scale_of(scale, initial_norm)
     tightest = default_rtol(x)
 
-    def inspect(x: PyTree, adjoint: PyTree, plan: _Plan) -> _Verdict:
+    def inspect(
+        x: PyTree, adjoint: PyTree, plan: _Plan, trusted: jax.Array
+    ) -> tuple[Estimate, Corrections]:
         problem = rescaled(given, x, y)
         settings = Settings(jnp.maximum(plan.rtol, tightest) ** (1 / rule.order))
         found = estimate(outer, problem, rule, x, y, settings, guess=adjoint, has_aux=has_aux)
-        start = found.rule.adjoint if rule.adjoint_is_of_x else adjoint
-        points = correct_twice(
+        start = point_of(problem, found, found.rule.adjoint if rule.adjoint_is_of_x else adjoint, y)
+        return found, correct_until_accurate(
             outer,
             problem,
-            point_of(problem, found, start, y),
+            start,
             y,
+            accuracy,
             linear_solver,
             plan.reduction,
+            trusted,
             has_aux=has_aux,
         )
-        return _judge(problem, accuracy, found, points, y)
 
     def step(state: _Round) -> _Round:
         plan = state.plan
@@ -158,119 +132,76 @@ def solve_accurately(
             initial_norm,
             code(Status.MAXITER),
         )
-        now = inspect(iterate.x, state.adjoint, plan)
-
         failed = is_failure(status)
         # Corrections that lead far away are for a solver that can do no more.
         can_run = (status == Status.CONVERGED) & (iterate.residual > smallest)
-        usable = (now.is_near | ~can_run) & ~failed
-        small = now.small & usable
-        # Changes that do not fall are rounding.
-        converging = now.converging & usable & (now.change < 0.5 * state.change)
-        runs = can_run & ~converging
-        can_tighten = plan.reduction > tightest
-        going = (converging | runs | can_tighten) & ~small & ~failed
-        finite = now.certificate.status != Status.NONFINITE
+        found, end = inspect(iterate.x, state.adjoint, plan, ~can_run)
+        found, certificate = _result(found, end, y)
+
+        small = end.verdict.small & ~failed
+        # Corrections that have led on are ended by rounding, or by what the next run may mend.
+        led = end.steps > 2
+        iterate = trees.where(led, solver.init(posed, found.x, y), iterate)
+        runs = can_run & (iterate.residual > smallest)
+        going = (runs | (plan.reduction > tightest)) & ~small & ~failed
+        finite = certificate.status != Status.NONFINITE
         ended = jnp.where(iterations >= solver.maxiter, code(Status.MAXITER), code(Status.STALLED))
         ended = jnp.where(finite | failed, ended, code(Status.NONFINITE))
         ended = jnp.where(failed, status, ended)
         ended = jnp.where(small, code(Status.CONVERGED), ended)
-
-        restarted = solver.init(posed, now.second.x, y)
-        # The error of Omega_2 is what the next correction has to reduce.
-        left = jnp.maximum(now.certificate.contraction, REDUCTION) * now.change
-        reduction = jnp.where(converging, _AIM * now.allowed / left, _TIGHTER * plan.reduction)
         following = _Plan(
-            target=jnp.where(
-                converging,
-                restarted.residual,
-                jnp.where(runs, _ONWARD ** (1 / rule.order), 1) * iterate.residual,
-            ),
-            rtol=jnp.where(converging, 1, _TIGHTER) * plan.rtol,
-            reduction=jnp.clip(reduction, tightest, REDUCTION),
+            target=jnp.where(runs, _ONWARD ** (1 / rule.order), 1) * iterate.residual,
+            rtol=_TIGHTER * plan.rtol,
+            reduction=jnp.clip(_TIGHTER * plan.reduction, tightest, REDUCTION),
         )
         return _Round(
-            trees.where(converging, restarted, iterate),
+            iterate,
             iterations,
             jnp.where(going, _RUNNING, ended),
-            trees.where(converging, now.second.adjoint, now.found.rule.adjoint),
-            _accumulate(state.found, now.found),
-            now.certificate._replace(
-                products=total(state.certificate.products, now.certificate.products),
-                status=jnp.where(failed, status, now.certificate.status),
+            found.rule.adjoint,
+            _accumulate(state.found, found),
+            certificate._replace(
+                products=total(state.certificate.products, certificate.products),
+                status=jnp.where(failed, status, certificate.status),
             ),
-            jnp.where(converging, now.change, state.change),
             following,
         )
 
-    # Half the digits at first: what is learnt there about the error saves steps later.
     aim = jnp.asarray(accuracy.first_error, initial_norm.dtype)
-    plan = _Plan(aim ** (1 / rule.order) * scale, aim, aim)
-    shapes = jax.eval_shape(inspect, first.x, adjoint, plan)
-    nothing = jax.tree.map(jnp.zeros_like, shapes)
-    begin = _Round(
-        first,
-        jnp.zeros((), jnp.int32),
-        jnp.asarray(_RUNNING),
-        adjoint,
-        nothing.found,
-        nothing.certificate,
-        jnp.full_like(nothing.change, jnp.inf),
-        plan,
+    # Nearer to x* than to the adjoint: there, what a Newton step leaves is of second order.
+    plan = _Plan((_NEARER * aim) ** (1 / rule.order) * scale, aim, aim)
+    shapes = jax.eval_shape(
+        lambda *of: _result(*inspect(*of), y), first.x, adjoint, plan, jnp.asarray(True)
     )
+    found, certificate = jax.tree.map(jnp.zeros_like, shapes)
+    none = jnp.zeros((), jnp.int32)
+    begin = _Round(first, none, jnp.asarray(_RUNNING), adjoint, found, certificate, plan)
     end = mesh.while_loop(lambda state: state.status == _RUNNING, step, begin)
     found = end.found
     solve = found.rule.solve.status
     gradient = guard(on_failure, "adjoint solve", is_unsolved(solve), solve, found.gradient)
     norms = end.iterate.residual, initial_norm
-    none = jnp.zeros_like(initial_norm)
-    inner = SolveReport(end.status, end.iterations, *norms, found.correction, rounding=none)
+    rounding = jnp.zeros_like(initial_norm)
+    inner = SolveReport(end.status, end.iterations, *norms, found.correction, rounding=rounding)
     return found._replace(gradient=gradient), inner, end.certificate
 
 
-def _judge(
-    problem: Problem,
-    accuracy: Accuracy,
-    found: Estimate,
-    points: tuple[Point, Point, Point],
-    y: PyTree,
-) -> _Verdict:
-    """Judge the point after the first of two corrections of an estimate."""
-    start, first, second = points
-    change = distance(first.gradient, second.gradient)
-    floor = rounding_floor(first.terms, second.terms, like=first.x)
-    judgement = contraction, reliable = judge(problem, points, y, change, floor)
-    solved = jnp.maximum(first.status, second.status) == Status.CONVERGED
-    converges = (contraction <= LARGEST_CONTRACTION) & solved
-    is_near = distance(start.gradient, first.gradient) <= _LARGEST_CHANGE * second.terms
-    # The size of dh/dy may be zero, at a stationary point.
-    size = trees.norm(second.gradient)
-    allowed = accuracy.allowed(size)
-    error = change * jnp.where(converges, 1 / (1 - contraction), _NOISE) + floor
-    # Linear solves in this precision cannot vouch for less than the smallest tolerance.
-    small = (error <= allowed) & reliable & solved & ~(allowed < default_rtol(first.x) * size)
-    certificate = make_certificate(
-        first.gradient,
-        (first, second),
-        y,
-        floor,
-        inner=change,
-        adjoint=change,
-        judgement=judgement,
-        products=total(first.products, second.products, second.solve.products),
+def _result(found: Estimate, end: Corrections, y: PyTree) -> tuple[Estimate, Certificate]:
+    """Return the middle one of the last points, and its certificate, with their costs."""
+    _, point, last = end.points
+    costs = found.rule.solve.iterations, found.rule.solve.products
+    iterations, products = map(total, costs, end.adjoint)
+    solve = point.solve._replace(iterations=iterations, products=products)
+    found = found._replace(
+        value=point.value,
+        gradient=trees.with_floating(point.gradient, y),
+        x=point.x,
+        terms=point.terms,
+        rule=found.rule._replace(solve=solve, adjoint=point.adjoint),
+        aux=point.aux,
     )
-    products = total(found.rule.solve.products, first.solve.products)
-    iterations = total(found.rule.solve.iterations, first.solve.iterations)
-    solve = first.solve._replace(products=products, iterations=iterations)
-    estimate = found._replace(
-        value=first.value,
-        gradient=trees.with_floating(first.gradient, y),
-        x=first.x,
-        terms=first.terms,
-        rule=found.rule._replace(solve=solve, adjoint=first.adjoint),
-        aux=first.aux,
-    )
-    return _Verdict(estimate, second, certificate, change, allowed, small, converges, is_near)
+    products = total(end.newton, last.solve.products)
+    return found, end.verdict.certificate._replace(products=products)
 
 
 def _accumulate(before: Estimate, now: Estimate) -> Estimate:
