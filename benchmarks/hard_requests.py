@@ -30,6 +30,7 @@ DIMENSION = 8
 ROWS = 30
 ACCURACIES = (1e-1, 1e-2, 1e-3)
 WORST, RARE = 3.0, 0.01  # errors over accuracies: never above the first, above one in 1 % at most
+NEAR = 0.8, 1.25  # where certified errors over true ones are to be, in 95 %
 
 
 class Lanes(NamedTuple):
@@ -247,12 +248,14 @@ class Found(NamedTuple):
     Attributes:
       error: true relative errors over the accuracy asked for.
       ratio: certified over true errors.
+      estimated: whether what is certified is an estimate, and rounding a tenth of it at most.
       status: of the request.
       allowed: whether the precision allows that accuracy at all.
     """
 
     error: np.ndarray
     ratio: np.ndarray
+    estimated: np.ndarray
     status: np.ndarray
     allowed: np.ndarray
 
@@ -274,14 +277,15 @@ def ask(kind: Kind, lanes: Lanes) -> Found:
         result = engine(y, warm)
         certificate = result.report.certificate
         assert certificate is not None
-        return result.gradient, result.report.inner.status, certificate.absolute
+        change = jnp.linalg.norm(certificate.error)
+        return result.gradient, result.report.inner.status, certificate.absolute, change
 
     arrays = jax.tree.map(lambda leaf: leaf.astype(kind.dtype), lanes)
     batched = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, 0, None if lanes.start is None else 0, 0)))
     found = batched(
         arrays.data, arrays.outer_data, arrays.units, arrays.y, arrays.start, arrays.accuracy
     )
-    gradient, status, certified = (np.asarray(part, float) for part in found)
+    gradient, status, certified, change = (np.asarray(part, float) for part in found)
     size = np.linalg.norm(lanes.truth, axis=1)
     error = np.linalg.norm(gradient - lanes.truth, axis=1)
     # Rounding of the data alone changes a hypergradient by so much of its terms.
@@ -290,6 +294,7 @@ def ask(kind: Kind, lanes: Lanes) -> Found:
     return Found(
         error / size / lanes.accuracy,
         certified / np.maximum(error, 1e-300),
+        certified < 1.1 * change,
         status,
         floor < lanes.accuracy,
     )
@@ -328,11 +333,16 @@ def main() -> int:
     converged = total.status == bx.Status.CONVERGED
     wrong = total.error[converged]
     said = np.mean(converged[total.allowed])
+    ratios = total.ratio[converged & total.estimated]
+    near = np.mean((ratios >= NEAR[0]) & (ratios <= NEAR[1]))
     verdicts = {
         f"{np.sum(wrong > WORST)} of {len(wrong)} CONVERGED requests above {WORST:g} eps": bool(
             np.all(wrong <= WORST)
         ),
         f"{np.mean(wrong > 1):.2%} above eps (1 % at most)": bool(np.mean(wrong > 1) <= RARE),
+        f"{near:.1%} of {len(ratios)} certificates within {NEAR} of the true error (95 %)": bool(
+            near >= 0.95
+        ),
         f"{said:.1%} of the requests that precision allows end CONVERGED (90 %)": bool(said >= 0.9),
     }
     for text, met in verdicts.items():

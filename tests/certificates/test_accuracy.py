@@ -176,7 +176,8 @@ def test_absolute_accuracy():
             assert_sound(result, value)
             report = result.report
             products.append(int(report.adjoint.products + report.certificate.products))
-        assert products[0] < products[-1]
+        # Four unknowns take four products, whatever is left of the residual.
+        assert products[0] <= products[-1] <= 2 * products[0]
 
 
 def test_the_point_of_a_correction_and_its_costs():

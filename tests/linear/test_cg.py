@@ -355,3 +355,40 @@ def test_vectors_that_are_pytrees(dtype):
 def test_products_are_counted_exactly(changes, guess):
     report, count = count_products(cg(**changes), MODERATE, vector(), guess)
     assert report.products == count
+
+
+def energy_error(matrix, b, v):
+    x = np.linalg.solve(matrix, b)
+    return np.sqrt((x - v) @ matrix @ (x - v) / (x @ matrix @ x))
+
+
+def test_the_energy_norm_feels_what_residuals_do_not():
+    # The residual of the second entry is 1e-4, its part of the energy norm 1e-4 / sqrt(1e-6).
+    matrix = with_spectrum(np.r_[1e-6, np.linspace(1.0, 2.0, SIZE - 1)])
+    soft, stiff = np.linalg.eigh(matrix)[1][:, [0, -1]].T
+    b = stiff + 1e-4 * soft
+    coarse, report = solve(cg(rtol=0.01), matrix, b)
+    assert report.status is Status.CONVERGED
+    assert energy_error(matrix, b, coarse) > 0.05
+    fine, report = solve(cg(rtol=0.01, energy_rtol=0.01), matrix, b)
+    assert report.status is Status.CONVERGED
+    assert energy_error(matrix, b, fine) < 0.01
+
+
+@pytest.mark.parametrize("part", [0.3, 0.01])
+def test_the_energy_norm_of_the_error_is_estimated(part):
+    ratios = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        matrix = with_spectrum(10.0 ** -rng.uniform(0, 4, SIZE), seed)
+        b = matrix @ rng.normal(size=SIZE)
+        v, report = solve(cg(rtol=part, energy_rtol=part), matrix, b)
+        assert report.status is Status.CONVERGED
+        ratios.append(energy_error(matrix, b, v) / part)
+    # The sum of the last gains is a lower bound, and rarely a bad one.
+    assert np.median(ratios) < 1 and np.max(ratios) < 10
+
+
+def test_a_tolerance_in_energy_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="`energy_rtol` must not be negative"):
+        bx.CG(energy_rtol=-0.1)

@@ -91,6 +91,7 @@ def correct(
     once, and the error of the point before would cancel in the difference of the two.
     """
     solver = resolve_linear_solver(linear_solver, problem, Settings(reduction))
+    solver = solver.with_reduction(reduction)
     _, jacobian = problem.linearize(point.x, y)
     step, newton = linear_solve(jacobian, point.optimality, solver)
     x = trees.add_scaled(point.x, -1, step)

@@ -77,13 +77,20 @@ class LinearSolver(abc.ABC):
         """
         raise TypeError(f"`{type(self).__name__}` does not count steps; take `CG()` or `Neumann`.")
 
+    def with_reduction(self, part: Any) -> "LinearSolver":
+        """Return this solver with a tolerance of `part`, and one of errors where it can tell them.
+
+        A tolerance of its own stays.
+        """
+        return self.with_default_rtol(part)
+
     def without_limits(self) -> "LinearSolver | None":
         """Return this solver without what keeps it from the exact solution of A v = b.
 
         That is tolerances of its own, a limit of steps and damping; what the caller suggests as a
         tolerance holds then. None for a solver that is inexact by nature.
         """
-        neutral = {"rtol": None, "atol": 0.0, "damping": None}
+        neutral = {"rtol": None, "atol": 0.0, "damping": None, "energy_rtol": None}
         limits = {name: value for name, value in neutral.items() if hasattr(self, name)}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             if field.name == "maxiter":
@@ -185,7 +192,7 @@ def default_maxiter(tree: PyTree) -> int:
 
 def check_numbers(solver: Any) -> None:
     """Check the numeric fields that linear solvers share, and wrap the preconditioner."""
-    for name in ("rtol", "atol", "damping"):
+    for name in ("rtol", "atol", "damping", "energy_rtol"):
         if getattr(solver, name, None) is not None:
             checks.not_negative(name, getattr(solver, name))
     if getattr(solver, "maxiter", None) is not None:

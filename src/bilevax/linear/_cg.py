@@ -25,6 +25,10 @@ _CHECK = np.int32(-2)  # the true residual of the best iterate; if it is too lar
 _MEASURE = np.int32(-3 - len(Status))
 
 
+# From how many steps the energy norm of the error is estimated.
+_LAST = 4
+
+
 def _last_check(status: Any) -> Any:
     """Return the phase in which the check before `status` is made, and the status for a phase."""
     return -3 - status
@@ -44,6 +48,8 @@ class _State(NamedTuple):
     # In one array each, for a compiler makes a program for every array:
     numbers: jax.Array  # the `_Numbers`
     counts: jax.Array  # the `_Counts`
+    # By how much <e, A e> has fallen, with e the error: in all, and by each of the last steps.
+    gains: jax.Array | None
 
 
 class _Counts(NamedTuple):
@@ -80,6 +86,10 @@ class CG(base.LinearSolver):
         `rtol=0` and `atol=0` exactly this many steps are meant, and the status is TRUNCATED.
       preconditioner: v -> M v with M symmetric positive definite, near A^{-1}.
       damping: solves with A + damping * I.
+      energy_rtol: also goes on until the energy norm of the error, sqrt(<e, A e>), has fallen to
+        this part of that of the first iterate, as far as the gains of the last steps tell; None
+        for no such test. Residuals hardly feel what A makes small, and no unit of v matters to the
+        energy norm. It is an estimate, and never makes a status worse.
 
     Returned status:
       CONVERGED, also at rounding level (see `LinearReport.rounding`); MAXITER; TRUNCATED;
@@ -99,7 +109,8 @@ class CG(base.LinearSolver):
 
     Source:
       M. R. Hestenes and E. Stiefel, "Methods of Conjugate Gradients for Solving Linear Systems",
-      1952.
+      1952; for the energy norm, Z. Strakos and P. Tichy, "On Error Estimation in the Conjugate
+      Gradient Method and Why It Works in Finite Precision Computations", 2002.
     """
 
     rtol: Any = None
@@ -108,12 +119,17 @@ class CG(base.LinearSolver):
     _: dataclasses.KW_ONLY
     preconditioner: Callable[[PyTree], PyTree] | None = None
     damping: Any = None
+    energy_rtol: Any = None
 
     def __post_init__(self) -> None:
         base.check_numbers(self)
 
     def with_steps(self, steps: Any) -> base.LinearSolver:
-        return dataclasses.replace(self, rtol=0.0, atol=0.0, maxiter=steps)
+        return dataclasses.replace(self, rtol=0.0, atol=0.0, maxiter=steps, energy_rtol=None)
+
+    def with_reduction(self, part: Any) -> base.LinearSolver:
+        rtol = part if self.rtol is None else self.rtol
+        return dataclasses.replace(self, rtol=rtol, energy_rtol=part)
 
     def solve(
         self,
@@ -138,6 +154,7 @@ class CG(base.LinearSolver):
         maxiter = base.default_maxiter(rhs) if self.maxiter is None else self.maxiter
         maxiter = jnp.asarray(maxiter, jnp.int32)
         target = base.tolerance(operator, rhs, self.rtol, self.atol) ** 2
+        smallest = base.tolerance(operator, rhs, None, 0.0) ** 2
         rhs_square = trees.inner(rhs, rhs)
         exhausted = out_of_steps(self.rtol, self.atol)
         none, one = jnp.zeros_like(rhs_square), jnp.ones_like(rhs_square)
@@ -196,7 +213,14 @@ class CG(base.LinearSolver):
             failed = trees.where(small | (rz < 0), code(Status.BREAKDOWN), code(Status.INDEFINITE))
             finite = jnp.isfinite(curvature) & (jnp.isfinite(square + rz) | small)
             failed = trees.where(finite, failed, code(Status.NONFINITE))
-            after_step = trees.where(square <= target, _CHECK, _STEP)
+            near, gains = square <= target, state.gains
+            if gains is not None:
+                gain = trees.where(good, alpha * state.rz / last.length, none)
+                gains = jnp.concatenate([jnp.stack([gains[0] + gain, gain]), gains[1:-1]])
+                part = jnp.asarray(self.energy_rtol, gain.dtype)
+                settled = jnp.sum(gains[1:]) <= part**2 * gains[0]
+                near = near & (settled | (square <= smallest))
+            after_step = trees.where(near, _CHECK, _STEP)
             after_step = trees.where(iterations < maxiter, after_step, _last_check(exhausted))
             after_step = trees.where(good, after_step, _last_check(failed))
 
@@ -224,6 +248,7 @@ class CG(base.LinearSolver):
                 best=best,
                 numbers=jnp.stack(numbers),
                 counts=jnp.stack(_Counts(phase, iterations, counts.products + 1)),
+                gains=gains,
             )
 
         z = apply_preconditioner(rhs)
@@ -247,6 +272,7 @@ class CG(base.LinearSolver):
             best=first,
             numbers=jnp.stack(_Numbers(length, size, none, none, first_square, infinity, none)),
             counts=jnp.stack(_Counts(phase, zero_count, zero_count)),
+            gains=None if self.energy_rtol is None else jnp.stack([none] * (1 + _LAST)),
         )
         end = mesh.while_loop(lambda state: _Counts(*state.counts).phase < 0, step, start)
         phase, iterations, products = _Counts(*end.counts)
