@@ -26,11 +26,8 @@ def is_callable(name: str, value: Any) -> None:
 
 
 def is_component(name: str, value: Any, expected: type, example: str) -> None:
-    """Raise unless the value is an instance of the expected class.
-
-    A bare `object` passes: JAX puts such placeholders into pytrees that it takes apart.
-    """
-    if not isinstance(value, expected) and type(value) is not object:
+    """Raise unless the value is an instance of the expected class."""
+    if not isinstance(value, expected):
         hint = " Did you forget the parentheses?" if isinstance(value, type) else ""
         article = "an" if expected.__name__[0] in "AEIOU" else "a"
         raise TypeError(

@@ -43,9 +43,13 @@ def register(cls: _Class) -> _Class:
         children, values = flatten(node)
         return list(zip(keys, children, strict=True)), values
 
+    # Without `__init__`, whose checks are for what a person makes: JAX also puts placeholders into
+    # the fields, and takes pytrees apart and together all the time.
     def unflatten(values: tuple[Any, ...], children: Iterable[Any]) -> Any:
-        entries = zip([*names, *static], [*children, *values], strict=True)
-        return cls(**dict(entries))
+        node = object.__new__(cls)
+        for name, value in zip([*names, *static], [*children, *values], strict=True):
+            object.__setattr__(node, name, value)
+        return node
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls

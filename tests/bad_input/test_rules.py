@@ -1,5 +1,7 @@
 """Steps, diagonals, changes of variables, warm starts and black boxes that do not fit."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,6 @@ import pytest
 from jax.tree_util import Partial
 
 import bilevax as bx
-import bilevax.linear._lineax as lineax_adapter
 from tests.bad_input.example import X0, Y, assert_fails, engine, quadratic, solve_map
 
 # Steps, diagonals and changes of variables.
@@ -150,7 +151,7 @@ def test_a_black_box_that_returns_something_unlike_x():
 
 
 def test_lineax_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(lineax_adapter, "lineax", None)
+    monkeypatch.setitem(sys.modules, "lineax", None)
     message = "`LineaxSolver` needs Lineax: install it with `pip install bilevax[lineax]`."
     assert_fails(ImportError, message, bx.LineaxSolver, object())
 

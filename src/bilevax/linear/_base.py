@@ -198,9 +198,7 @@ def check_numbers(solver: Any) -> None:
     if getattr(solver, "maxiter", None) is not None:
         checks.not_negative("maxiter", solver.maxiter, whole=True)
     preconditioner = getattr(solver, "preconditioner", None)
-    # Unflattening puts placeholders into fields; only plain functions need wrapping.
-    is_set = preconditioner is not None and type(preconditioner) is not object
-    if is_set and not isinstance(preconditioner, Partial):
+    if preconditioner is not None and not isinstance(preconditioner, Partial):
         checks.is_callable("preconditioner", preconditioner)
         object.__setattr__(solver, "preconditioner", Partial(preconditioner))
 

@@ -14,11 +14,6 @@ from bilevax._status import Status, code
 from bilevax.linear import _base as base
 from bilevax.linear._units import first_iterate, rescale
 
-try:
-    import lineax
-except ImportError:  # an extra: everything else works without it
-    lineax: Any = None
-
 PyTree = Any
 
 
@@ -58,12 +53,7 @@ class LineaxSolver(base.LinearSolver):
 
     def __post_init__(self) -> None:
         base.check_numbers(self)
-        if lineax is None:
-            raise ImportError(
-                "`LineaxSolver` needs Lineax: install it with `pip install bilevax[lineax]`."
-            )
-        solver = lineax.AbstractLinearSolver
-        checks.is_component("solver", self.solver, solver, "lineax.LU()")
+        checks.is_component("solver", self.solver, _lineax().AbstractLinearSolver, "lineax.LU()")
 
     def solve(
         self,
@@ -74,6 +64,7 @@ class LineaxSolver(base.LinearSolver):
         prepared: PyTree,
         transposed: bool,
     ) -> tuple[PyTree, LinearReport]:
+        lineax = _lineax()
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), rhs)
         tags = {
             "POSITIVE_DEFINITE": (lineax.symmetric_tag, lineax.positive_semidefinite_tag),
@@ -106,3 +97,14 @@ class LineaxSolver(base.LinearSolver):
         iterations = jnp.asarray(result.stats.get("num_steps", -1), jnp.int32)
         unknown = jnp.full((), -1, jnp.int32)
         return solution, LinearReport(status, iterations, unknown, relative, rounding)
+
+
+def _lineax() -> Any:
+    """Return Lineax, an extra that takes half a second to import."""
+    try:
+        import lineax
+    except ImportError as error:
+        raise ImportError(
+            "`LineaxSolver` needs Lineax: install it with `pip install bilevax[lineax]`."
+        ) from error
+    return lineax

@@ -159,7 +159,7 @@ class ChangeOfVariables(Change):
     def __post_init__(self) -> None:
         for name in ("phi", "phi_inverse"):
             function = getattr(self, name)
-            if type(function) is not object and not isinstance(function, Partial):
+            if not isinstance(function, Partial):
                 checks.is_callable(name, function)
                 object.__setattr__(self, name, Partial(function))
 

@@ -117,6 +117,6 @@ def as_diagonal(value: Any) -> Any:
     """Return a `Diagonal`: the exact one for None, and a user's function wrapped."""
     if value is None:
         return ExactDiagonal()
-    if isinstance(value, Diagonal) or type(value) is object:
+    if isinstance(value, Diagonal):
         return value
     return UserDiagonal(as_partial("diagonal", value))

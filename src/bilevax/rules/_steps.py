@@ -178,7 +178,7 @@ class CustomStep(Step):
     inverse: Callable[[PyTree, PyTree, PyTree], PyTree]
 
     def __post_init__(self) -> None:
-        if type(self.inverse) is not object and not isinstance(self.inverse, Partial):
+        if not isinstance(self.inverse, Partial):
             checks.is_callable("step", self.inverse)
             object.__setattr__(self, "inverse", Partial(self.inverse))
 
