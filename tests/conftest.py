@@ -6,6 +6,7 @@ programs do; that takes several times as long and must give the same verdicts.
 
 import itertools
 import os
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +21,9 @@ import jax
 jax.config.update("jax_enable_x64", True)
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _MAPS = Path("/proc/self/maps")
 _tests = itertools.count(1)
