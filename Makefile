@@ -16,12 +16,16 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # pyright would ask the network whether a newer version exists.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: test demo bench certificates hard price bounds maid study rates memory equilibrium kills steady tuning heldout training lint constraints clean
+.PHONY: test lowest demo bench certificates hard price bounds maid study rates memory equilibrium kills steady tuning heldout training lint constraints clean
 .NOTPARALLEL: # two installs must not write to .venv at once
 
 # All tests but the slow ones. For every test: make test ARGS='-m ""'
 test: $(VENV)/dev.stamp
 	$(PY) -m pytest -m "not slow" $(ARGS)
+
+# The same with the oldest versions that pyproject.toml allows.
+lowest:
+	$(MAKE) test PINS=oldest
 
 demo: $(VENV)/demo.stamp
 	$(PY) -m bilevax.demo $(ARGS)
