@@ -4,8 +4,9 @@
 
 Thousands of random problems of kinds that have fooled certificates: near a stationary point of h,
 where the hypergradient is a small difference of large terms; in random units of x, y, f, g and of
-equations; with a nonlinear block that ||F|| and g hardly feel; from warm starts after y has leapt;
-all that in float32 too. The truth is computed with dense matrices in NumPy. Of a request that ends
+equations; with a nonlinear block that ||F|| and g hardly feel; with directions that F_1 makes small
+and that are most of x, its derivative and the adjoint; from warm starts after y has leapt; most of
+that in float32 too. The truth is computed with dense matrices in NumPy. Of a request that ends
 CONVERGED, the error must be what was asked for, up to a factor of three at the very worst.
 """
 
@@ -93,6 +94,16 @@ def hidden_block(data: Any, x: Any, y: Any) -> Any:
     return jnp.sum((x[:half] - 3) ** 2) / 2 + delta * soft + 1e-3 * jnp.sum(x[:half] * y[:half])
 
 
+def linear_root(data: Any, x: Any, y: Any) -> Any:
+    matrix, mixing, targets = data
+    return matrix @ x - mixing @ y - targets
+
+
+def quadratic(data: Any, x: Any, y: Any) -> Any:
+    matrix, mixing, targets = data
+    return x @ matrix @ x / 2 - x @ (mixing @ y + targets)
+
+
 def outer(outer_data: Any, x: Any, y: Any) -> Any:
     """Return a validation loss, and a linear term that moves the stationary point of h."""
     (rows, targets), slope = outer_data
@@ -104,6 +115,8 @@ FAMILIES: dict[str, tuple[Callable, Callable]] = {
     "logistic": (logistic, bx.minimum),
     "root": (tanh_root, bx.root),
     "hidden": (hidden_block, bx.minimum),
+    "linear root": (linear_root, bx.root),
+    "quadratic": (quadratic, bx.minimum),
 }
 
 
@@ -213,12 +226,36 @@ def ordinary(rng: np.random.Generator, family: str, count: int) -> Lanes:
     return Lanes(data, outer_data, common(count), y, None, gradient, accuracy)
 
 
+def soft(rng: np.random.Generator, family: str, count: int, size: int = 20) -> Lanes:
+    """Return linear problems with two singular values of 1e-2 to 1e-6, and others near one.
+
+    Residuals feel what is soft by so little; x, its derivative and the adjoint consist of it.
+    """
+    left, right = (np.linalg.qr(rng.normal(size=(count, size, size)))[0] for _ in range(2))
+    if family == "quadratic":
+        right = left
+    values = 10.0 ** rng.uniform(-0.3, 0.3, size=(count, size))
+    values[:, -2:] = 10.0 ** -rng.uniform(2, 6, size=(count, 2))
+    matrix = left * values[:, None, :] @ np.swapaxes(right, 1, 2)
+    mixing = left * np.sqrt(values)[:, None, :] @ rng.normal(size=(count, size, size))
+    targets = (matrix @ rng.normal(size=(count, size, 1)))[..., 0]
+    y = 0.01 * np.sqrt(values[:, -2:].min(axis=1, keepdims=True)) * rng.normal(size=(count, size))
+    data, ones = (matrix, mixing, targets), np.ones((count, size))
+    validation = rng.normal(size=(count, ROWS, size)), rng.normal(size=(count, ROWS))
+    outer_data = validation, np.zeros((count, size))
+    _, gradient = solve_exactly(family, data, outer_data, y)
+    units = Units(ones, ones, np.ones(count), np.ones(count))
+    accuracy = rng.choice((0.3, *ACCURACIES), size=count)
+    return Lanes(data, outer_data, units, y, None, gradient, accuracy)
+
+
 class Kind(NamedTuple):
     name: str
     family: str
     lanes: Callable[[np.random.Generator, str, int], Lanes]
     solver: bx.Solver
     dtype: Any
+    rule: bx.Rule = bx.Implicit()
 
 
 NEWTON = bx.Newton()
@@ -240,6 +277,10 @@ def kinds() -> Iterator[Kind]:
             yield Kind("hidden", "hidden", ordinary, solver, dtype)
         yield Kind("units", "root", units, NEWTON, dtype)
         yield Kind("stationary", "root", stationary, NEWTON, dtype)
+    for rule in (bx.Implicit(), bx.Implicit(bx.BiCGStab()), bx.Implicit(bx.NormalCG())):
+        yield Kind("soft", "linear root", soft, NEWTON, np.float64, rule)
+    yield Kind("soft", "quadratic", soft, NEWTON, np.float64)
+    yield Kind("soft", "quadratic", soft, GRADIENT, np.float64)
 
 
 class Found(NamedTuple):
@@ -269,6 +310,7 @@ def ask(kind: Kind, lanes: Lanes) -> Found:
             Partial(outer_in_units, outer_data, units),
             pose(Partial(functools.partial(in_units, function, is_root), data, units)),
             kind.solver,
+            kind.rule,
             accuracy=bx.RelativeAccuracy(accuracy),
         )
         warm = bx.cold_start(jnp.zeros_like(y))
@@ -305,8 +347,10 @@ def describe(kind: Kind, found: Found) -> str:
     errors = found.error[converged] if converged.any() else np.zeros(1)
     meant = found.allowed
     name = f"{kind.name} {kind.family} {type(kind.solver).__name__} {np.dtype(kind.dtype).name}"
+    if kind.rule.linear_solver is not None:
+        name += f" {type(kind.rule.linear_solver).__name__}"
     return (
-        f"{name:46} {len(converged):>5} {np.mean(converged[meant]) if meant.any() else 1:>7.1%} "
+        f"{name:50} {len(converged):>5} {np.mean(converged[meant]) if meant.any() else 1:>7.1%} "
         f"{np.sum(errors > 1):>6} {np.sum(errors > WORST):>6} {errors.max():>9.3g}"
     )
 
@@ -322,13 +366,13 @@ def main() -> int:
         for kind in kinds()
         if not options.only or any(word in " ".join(map(str, kind)) for word in options.only)
     ]
-    print(f"{'kind':46} {'count':>5} {'said':>7} {'> eps':>6} {'> 3':>6} {'worst':>9}")
+    print(f"{'kind':50} {'count':>5} {'said':>7} {'> eps':>6} {'> 3':>6} {'worst':>9}")
     everything: dict[str, Found] = {}
     for number, kind in enumerate(tqdm(chosen, disable=None)):
         lanes = kind.lanes(np.random.default_rng([0, number]), kind.family, options.count)
         found = ask(kind, lanes)
         tqdm.write(describe(kind, found))
-        everything[describe(kind, found)[:46].strip()] = found
+        everything[describe(kind, found)[:50].strip()] = found
     total = Found(*map(np.concatenate, zip(*everything.values(), strict=True)))
     converged = total.status == bx.Status.CONVERGED
     wrong = total.error[converged]

@@ -12,14 +12,15 @@ from bilevax._estimator import Estimate, size_of_terms, value_and_aux
 from bilevax._problems import Problem
 from bilevax._results import LinearReport
 from bilevax._status import Status, code, is_unsolved
-from bilevax.linear import LinearSolver, linear_solve
+from bilevax.linear import LinearSolver, default_rtol, linear_solve
 from bilevax.rules import Rule, Settings, resolve_linear_solver
 
 PyTree = Any
 
-# What a correction leaves of the residuals that it starts from, so that what it changes tells how
-# wrong the point before it is.
-REDUCTION = 0.1
+# What a correction leaves of the errors that it starts from, so that what it changes tells how
+# wrong the point before it is. A tenth would do, were it not for directions that F_1 makes small:
+# of their errors a loose solve sees nothing, and then both corrections leave them as they are.
+REDUCTION = 1e-6
 # Above this contraction, Newton's method is not where it converges fast.
 LARGEST_CONTRACTION = 0.4
 # The rounding error of a sum, over eps times the size of its terms.
@@ -86,12 +87,15 @@ def correct(
 
         x' = x - F_1(x, y)^{-1} F(x, y),   v' = v + F_1^{-T} (g_1 - F_1^T v) at x'
 
-    Both solves leave at most the part `reduction` of their right-hand sides. These are the
-    residuals that were achieved before: a solve that only had to meet a tolerance could stop at
-    once, and the error of the point before would cancel in the difference of the two.
+    Both solves leave at most the part `reduction` of the errors that there were before: a solve
+    that only had to meet a tolerance could stop at once, and the error of the point before would
+    cancel in the difference of the two. `CG` can tell its error; elsewhere residuals become tiny.
     """
-    solver = resolve_linear_solver(linear_solver, problem, Settings(reduction))
-    solver = solver.with_reduction(reduction)
+    tightest = default_rtol(point.x)
+    solver = resolve_linear_solver(linear_solver, problem, Settings()).reducing(
+        jnp.maximum(reduction, tightest),
+        jnp.maximum(reduction * trees.epsilon(point.x) ** 0.5, tightest),
+    )
     _, jacobian = problem.linearize(point.x, y)
     step, newton = linear_solve(jacobian, point.optimality, solver)
     x = trees.add_scaled(point.x, -1, step)

@@ -77,12 +77,13 @@ class LinearSolver(abc.ABC):
         """
         raise TypeError(f"`{type(self).__name__}` does not count steps; take `CG()` or `Neumann`.")
 
-    def with_reduction(self, part: Any) -> "LinearSolver":
-        """Return this solver with a tolerance of `part`, and one of errors where it can tell them.
+    def reducing(self, part: Any, residual: Any) -> "LinearSolver":
+        """Return this solver such that it leaves at most a part of an error.
 
-        A tolerance of its own stays.
+        A solver that knows residuals alone brings them down to `residual`: they hardly feel what A
+        makes small, which can be most of the error, until they are tiny themselves.
         """
-        return self.with_default_rtol(part)
+        return self.with_default_rtol(residual)
 
     def without_limits(self) -> "LinearSolver | None":
         """Return this solver without what keeps it from the exact solution of A v = b.

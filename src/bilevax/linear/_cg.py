@@ -127,7 +127,7 @@ class CG(base.LinearSolver):
     def with_steps(self, steps: Any) -> base.LinearSolver:
         return dataclasses.replace(self, rtol=0.0, atol=0.0, maxiter=steps, energy_rtol=None)
 
-    def with_reduction(self, part: Any) -> base.LinearSolver:
+    def reducing(self, part: Any, residual: Any) -> base.LinearSolver:
         rtol = part if self.rtol is None else self.rtol
         return dataclasses.replace(self, rtol=rtol, energy_rtol=part)
 
