@@ -11,7 +11,6 @@ from bilevax import _trees as trees
 from bilevax._failure import guard
 from bilevax._problems import Problem
 from bilevax._results import LinearReport, RuleReport
-from bilevax._scaling import scaled, without_scaling
 from bilevax._status import Status, code
 from bilevax.rules._base import Settings, Wrapper
 from bilevax.rules._changes import Change, allowed_mismatch
@@ -107,12 +106,12 @@ class Reparameterized(Wrapper):
         # x = phi(z, y) depends on the problem and y directly (phi_2) and through z; the problem in
         # z depends on the problem too, by what its function closes over.
         (image, problem_in_z), pull_transform = jax.vjp(transform, problem, y, z)
-        still = jax.tree.map(_still, problem_in_z)
+        still = jax.tree.map(_zero_cotangent, problem_in_z)
         _, _, cotangent_z = pull_transform((cotangent, still))
         through_z, through_y, report = self.rule.pull(
-            scaled(problem_in_z, z, y), z, y, cotangent_z, guess, settings
+            problem_in_z, z, y, cotangent_z, guess, settings
         )
-        from_problem, from_y, _ = pull_transform((cotangent, without_scaling(through_z)))
+        from_problem, from_y, _ = pull_transform((cotangent, through_z))
         cotangents = from_problem, trees.add_cotangents(from_y, through_y)
         # A phi that does not invert phi_inverse at x makes every number here meaningless.
         wrong, broken = _judge_inverse(image, x)
@@ -139,9 +138,6 @@ class Reparameterized(Wrapper):
             return self.change.localise(problem, x)(z, y)
 
         problem_in_z, tangent_in_z = jax.jvp(compose, (problem,), (tangent_problem,))
-        problem_in_z = scaled(problem_in_z, z, y)
-        still = jax.tree.map(_still, problem_in_z.scaling)
-        tangent_in_z = dataclasses.replace(tangent_in_z, scaling=still)
         tangent_z = self.rule.push(problem_in_z, z, y, (tangent_in_z, tangent_y), settings)
         image, tangent_x = jax.jvp(
             transform, (problem, y, z), (tangent_problem, tangent_y, tangent_z)
@@ -158,5 +154,5 @@ def _judge_inverse(image: PyTree, x: PyTree) -> tuple[jax.Array, jax.Array]:
     return wrong, jnp.where(finite, code(Status.BREAKDOWN), code(Status.NONFINITE))
 
 
-def _still(leaf: jax.Array) -> Any:
+def _zero_cotangent(leaf: jax.Array) -> Any:
     return jax.custom_derivatives.zero_from_primal(leaf)
