@@ -87,15 +87,15 @@ def hypergradient_error(
     x_2 tells whether the steps converge.
 
     The part of the adjoint is what changes when v is replaced by the solution F_1^{-T} g_1 at the
-    same x; the rest is the part of x. All solves reduce the residuals that were achieved before,
-    tenfold at least, however small they are: near a stationary point of h, where the hypergradient
-    is a small difference of large terms, a small residual of v can be a large error.
+    same x; the rest is the part of x. All solves reduce the errors that were left before by orders
+    of magnitude, however small they are: near a stationary point of h, where the hypergradient is a
+    small difference of large terms, a small residual of v can be a large error.
 
     Units do not matter: residuals are measured in scaled rows where entries of x or F have sizes
     that differ widely, see `minimum`.
 
     Cost, besides the rule itself: five linear solves, matrix-free. Two are Newton steps, three are
-    corrections of the adjoint, at x, x_1 and x_2. Those of the second step are loose.
+    corrections of the adjoint, at x, x_1 and x_2. Those of the second step leave a millionth.
 
     Args:
       outer: g, a function of (x, y) that returns a real scalar.
@@ -179,7 +179,7 @@ def certify(
       found: the estimate.
       y: the outer variable.
       linear_solver: see `hypergradient_error`.
-      reduction: what the linear solves leave of the residuals that they start from.
+      reduction: what the linear solves leave of the errors that they start from.
       has_aux: whether `outer` returns a pair.
     """
 
